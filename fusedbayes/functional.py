@@ -1,0 +1,293 @@
+"""Stateless functions: they validate, draw the seed and call the operators.
+
+Shapes, dtypes and errors are documented here once; `fusedbayes.nn` holds the parameters. Everywhere ``sigma`` is a
+standard deviation and ``sigma = softplus(rho)``.
+"""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fusedbayes import ops, reference
+from fusedbayes.noise import Address, Role, as_seed, check_coordinates, draw_seed
+
+Prior = tuple[float | Tensor, float | Tensor]
+
+
+def gaussian_kl(
+    mu: Tensor,
+    *,
+    sigma: float | Tensor | None = None,
+    log_var: Tensor | None = None,
+    prior_mu: float | Tensor = 0.0,
+    prior_sigma: float | Tensor = 1.0,
+    reduction: Literal["sum", "batchmean", "mean", "none"] = "sum",
+) -> Tensor:
+    """KL(N(mu, sigma^2) || N(prior_mu, prior_sigma^2)) of independent Gaussians, in nats.
+
+    For weights take the default "sum": the KL of a layer is the sum over its weights. For the latents of a VAE, of
+    shape (batch, latent), take "batchmean": the sum over everything but the first dimension, averaged over it; that is
+    the term of the ELBO per example (Kingma and Welling 2014, appendix B).
+
+    Args:
+        mu: means, any shape, floating dtype.
+        sigma: standard deviations > 0, broadcastable to `mu`. Exactly one of `sigma` and `log_var` is given.
+        log_var: log variances, log(sigma^2), any finite value.
+        prior_mu, prior_sigma: the prior's mean and standard deviation (> 0), broadcastable to `mu`.
+        reduction: "sum", "batchmean", "mean" (over every element) or "none".
+
+    Returns:
+        0-d tensor, or a tensor of mu's shape for "none"; float32, or float64 for float64 `mu`. Differentiable in every
+        tensor argument.
+
+    Raises:
+        TypeError: `mu` is not a floating tensor, or both or neither of `sigma` and `log_var` are given.
+        ValueError: a standard deviation given as a number is not positive, a shape does not broadcast to mu's,
+            "batchmean" of a tensor without a batch, or an unknown reduction.
+
+    Values inside tensors are not checked: that would wait for the device.
+    """
+    if not isinstance(mu, Tensor) or not mu.is_floating_point():
+        raise TypeError(f"mu must be a floating-point tensor, got {_describe(mu)}")
+    if (sigma is None) == (log_var is None):
+        raise TypeError("give exactly one of sigma and log_var, got " + ("neither" if sigma is None else "both"))
+    if reduction not in ("sum", "batchmean", "mean", "none"):
+        raise ValueError(f"reduction must be 'sum', 'batchmean', 'mean' or 'none', got {reduction!r}")
+    if reduction == "batchmean" and (mu.dim() == 0 or mu.shape[0] == 0):
+        raise ValueError(f"reduction 'batchmean' needs a non-empty first dimension, got mu of shape {tuple(mu.shape)}")
+    if log_var is not None:
+        sigma = torch.exp(0.5 * _like(mu, log_var, "log_var"))
+    assert sigma is not None
+    sigma = _like(mu, sigma, "sigma", positive=True)
+    prior = _prior_tensors(mu, (prior_mu, prior_sigma), "")
+    kl = reference.gaussian_kl(mu, sigma, *prior)
+    if reduction == "sum":
+        return kl.sum()
+    if reduction == "mean":
+        return kl.mean()
+    return kl.sum() / mu.shape[0] if reduction == "batchmean" else kl
+
+
+def weight_kl(mu: Tensor, rho: Tensor, prior: Prior) -> Tensor:
+    """The KL of the weights N(mu, softplus(rho)^2) from their prior, summed: one pass over the parameters.
+
+    Args:
+        mu, rho: same shape, floating dtype and device.
+        prior: (prior_mu, prior_sigma), each a number or a tensor that broadcasts to mu's shape;
+            prior_sigma > 0, neither requiring grad.
+
+    Returns:
+        0-d float32 (float64 for float64 parameters), in nats.
+
+    Raises:
+        TypeError, ValueError: as `sample_weight`.
+    """
+    _check_parameter(mu, rho, "")
+    return ops.weight_kl(*(_matrix(t) for t in (mu, rho, *_fused_prior(mu, prior, ""))))
+
+
+def sample_weight(
+    mu: Tensor,
+    rho: Tensor,
+    *,
+    prior: Prior | None = None,
+    seed: int | Tensor | None = None,
+    address: Address = Address(Role.WEIGHT),
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Samples w = mu + softplus(rho) * eps and, given a prior, its KL in the same pass.
+
+    Neither eps nor a copy of w is kept for the backward pass: eps is drawn again from the seed (docs/math.md).
+
+    Args:
+        mu, rho: any shape, same floating dtype and device. The noise is addressed in ``mu.flatten(1)``, or in one row
+            for a vector.
+        prior: None (default: no KL is computed) or (prior_mu, prior_sigma), each a number or a tensor, 0-d or of mu's
+            shape; prior_sigma > 0.
+        seed: an int or a 0-d int64 tensor; default a fresh one from torch's generator.
+        address: stream, sample and shard offsets of the noise.
+        dtype: of the sample; default mu's. Arithmetic is float32 (float64 for float64 parameters) in any case.
+
+    Returns:
+        (w, kl): w of mu's shape and `dtype`; kl 0-d float32 (float64 for float64 parameters), or None without a prior.
+
+    Raises:
+        TypeError: an argument is not of a type given above, or mu and rho differ in dtype.
+        ValueError: shapes or devices differ, prior_sigma as a number is not positive, or the address is out of range.
+    """
+    _check_parameter(mu, rho, "")
+    check_coordinates(*reference.matrix_shape(mu), **address._asdict())
+    seed = draw_seed(mu.device) if seed is None else as_seed(seed, mu.device)
+    priors = () if prior is None else _fused_prior(mu, prior, "")
+    mu_2d, rho_2d, *priors_2d = (_matrix(t) for t in (mu, rho, *priors))
+    weight, kl = ops.sample_weight(mu_2d, rho_2d, *(priors_2d or (None, None)), seed, address, dtype or mu.dtype)
+    return weight.view(mu.shape), None if prior is None else kl
+
+
+def bayes_linear(
+    x: Tensor,
+    weight_mu: Tensor,
+    weight_rho: Tensor,
+    bias_mu: Tensor | None = None,
+    bias_rho: Tensor | None = None,
+    *,
+    weight_prior: Prior | None = None,
+    bias_prior: Prior | None = None,
+    seed: int | Tensor | None = None,
+    weight_address: Address = Address(Role.WEIGHT),
+    bias_address: Address = Address(Role.BIAS),
+) -> tuple[Tensor, Tensor | None]:
+    """Y = x W^T + b with one W ~ N(weight_mu, softplus(weight_rho)^2) and b for the whole batch, and their KL.
+
+    The "shared" estimator of Blundell et al., "Weight uncertainty in neural networks", ICML 2015, equations 1 to 4.
+    Nothing but the arguments and the seed is kept for the backward pass. Under autocast x is cast to autocast's dtype
+    and so is the sample, while the parameters, sampling and KL stay in their own precision.
+
+    Args:
+        x: (..., in_features), any leading dimensions, dtype of the parameters.
+        weight_mu, weight_rho: (out_features, in_features).
+        bias_mu, bias_rho: (out_features,), both or neither.
+        weight_prior: None (default: no KL is computed) or (prior_mu, prior_sigma), each a number or a tensor that
+            broadcasts to the weight's shape; prior_sigma > 0, neither requiring grad.
+        bias_prior: likewise for the bias; given if and only if there is a bias and a `weight_prior`.
+        seed: an int or a 0-d int64 tensor; default a fresh one from torch's generator.
+        weight_address, bias_address: stream, sample and shard offsets of the noise.
+
+    Returns:
+        (y, kl): y of shape (..., out_features) and x's dtype; kl, the sum over weight and bias, 0-d float32 (float64
+        for float64 parameters), or None without a prior.
+
+    Raises:
+        TypeError: an argument is not of a type given above, or dtypes differ.
+        ValueError: shapes or devices do not fit, prior_sigma as a number is not positive, or an address is out of
+            range.
+    """
+    x = _check_linear(x, weight_mu, weight_rho, bias_mu, bias_rho)
+    if weight_prior is not None and (bias_prior is None) != (bias_mu is None):
+        raise ValueError("bias_prior must be given exactly when there is a bias and a weight_prior")
+    if weight_prior is None and bias_prior is not None:
+        raise ValueError("bias_prior is given without weight_prior: the KL needs both")
+    check_coordinates(*weight_mu.shape, **weight_address._asdict())
+    if bias_mu is not None:
+        check_coordinates(1, bias_mu.numel(), **bias_address._asdict())
+    seed = draw_seed(x.device) if seed is None else as_seed(seed, x.device)
+    weight_priors = (None, None) if weight_prior is None else _fused_prior(weight_mu, weight_prior, "weight_")
+    bias_priors: tuple[Tensor | None, Tensor | None] = (None, None)
+    if bias_mu is not None and bias_prior is not None:
+        bias_priors = _fused_prior(bias_mu, bias_prior, "bias_")
+    weight, bias = (weight_mu, weight_rho, *weight_priors), (bias_mu, bias_rho, *bias_priors)
+    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    y, kl = ops.bayes_linear(flat, *weight, *bias, seed, weight_address, bias_address)
+    return y.view(*x.shape[:-1], weight_mu.shape[0]), None if weight_prior is None else kl
+
+
+def _describe(value: object) -> str:
+    return f"a tensor of dtype {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def _matrix(tensor: Tensor) -> Tensor:
+    """2-D view for the operators; a scalar prior stays 0-d."""
+    return tensor if tensor.dim() in (0, 2) else tensor.reshape(reference.matrix_shape(tensor))
+
+
+def check_number(value: float, name: str, *, positive: bool = False) -> float:
+    """Returns the number `value`; raises TypeError or ValueError unless it is finite and, if asked for, positive."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not math.isfinite(value) or (positive and value <= 0):
+        raise ValueError(f"{name} must be finite{' and positive' if positive else ''}, got {value}")
+    return float(value)
+
+
+def check_count(value: int, name: str) -> int:
+    """Returns the int `value`; raises TypeError or ValueError unless it is at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return value
+
+
+def _like(mu: Tensor, value: float | Tensor, name: str, *, positive: bool = False) -> Tensor:
+    """`value` as a tensor on mu's device that broadcasts to mu's shape."""
+    if not isinstance(value, Tensor):
+        value = check_number(value, name, positive=positive)
+        # Filled on the device, not copied to it: a copy would wait for the device.
+        return torch.full((), value, dtype=reference.compute_dtype(mu), device=mu.device)
+    if value.device != mu.device:
+        raise ValueError(f"{name} must be on the device of mu, {mu.device}, got {value.device}")
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got dtype {value.dtype}")
+    try:
+        fits = torch.broadcast_shapes(value.shape, mu.shape) == mu.shape
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ValueError(f"{name} must broadcast to the shape of mu, {tuple(mu.shape)}, got {tuple(value.shape)}")
+    return value
+
+
+def _prior_tensors(mu: Tensor, prior: Prior, prefix: str) -> tuple[Tensor, Tensor]:
+    """The prior as tensors that broadcast to mu's shape."""
+    if not isinstance(prior, tuple) or len(prior) != 2:
+        raise TypeError(f"{prefix}prior must be a tuple (prior_mu, prior_sigma), got {prior!r}")
+    prior_mu = _like(mu, prior[0], f"{prefix}prior_mu")
+    prior_sigma = _like(mu, prior[1], f"{prefix}prior_sigma", positive=True)
+    return prior_mu, prior_sigma
+
+
+def _fused_prior(mu: Tensor, prior: Prior, prefix: str) -> tuple[Tensor, Tensor]:
+    """The prior as the operators take it: each tensor 0-d or of mu's shape."""
+    tensors = _prior_tensors(mu, prior, prefix)
+    if any(tensor.requires_grad for tensor in tensors):
+        raise ValueError(
+            f"{prefix}prior requires grad, but the fused KL has no gradient for the prior: "
+            "use gaussian_kl(mu, sigma=..., prior_mu=..., prior_sigma=...) for a prior that is learnt"
+        )
+    prior_mu, prior_sigma = (t if t.dim() == 0 else t.expand(mu.shape) for t in tensors)
+    return prior_mu, prior_sigma
+
+
+def _check_parameter(mu: Tensor, rho: Tensor, prefix: str) -> None:
+    for name, value in ((f"{prefix}mu", mu), (f"{prefix}rho", rho)):
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            raise TypeError(f"{name} must be a floating-point tensor, got {_describe(value)}")
+    if rho.dtype != mu.dtype:
+        raise TypeError(f"{prefix}rho must have the dtype of {prefix}mu, {mu.dtype}, got {rho.dtype}")
+    if rho.shape != mu.shape:
+        raise ValueError(f"{prefix}rho must have the shape of {prefix}mu, {tuple(mu.shape)}, got {tuple(rho.shape)}")
+    if rho.device != mu.device:
+        raise ValueError(f"{prefix}rho must be on the device of {prefix}mu, {mu.device}, got {rho.device}")
+
+
+def _check_linear(
+    x: Tensor, weight_mu: Tensor, weight_rho: Tensor, bias_mu: Tensor | None, bias_rho: Tensor | None
+) -> Tensor:
+    """Validates the tensors of `bayes_linear`; returns x, cast as autocast asks."""
+    _check_parameter(weight_mu, weight_rho, "weight_")
+    if weight_mu.dim() != 2:
+        raise ValueError(f"weight_mu must have shape (out_features, in_features), got {tuple(weight_mu.shape)}")
+    if (bias_mu is None) != (bias_rho is None):
+        raise ValueError("bias_mu and bias_rho must be given together or not at all")
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f"x must be a floating-point tensor, got {_describe(x)}")
+    if x.dim() == 0 or x.shape[-1] != weight_mu.shape[1]:
+        raise ValueError(f"x must have shape (..., {weight_mu.shape[1]}) = (..., in_features), got {tuple(x.shape)}")
+    if x.device != weight_mu.device:
+        raise ValueError(f"x must be on the device of weight_mu, {weight_mu.device}, got {x.device}")
+    if bias_mu is not None and bias_rho is not None:
+        _check_parameter(bias_mu, bias_rho, "bias_")
+        if bias_mu.shape != weight_mu.shape[:1]:
+            raise ValueError(f"bias_mu must have shape ({weight_mu.shape[0]},), got {tuple(bias_mu.shape)}")
+        if bias_mu.dtype != weight_mu.dtype:
+            raise TypeError(f"bias_mu must have the dtype of weight_mu, {weight_mu.dtype}, got {bias_mu.dtype}")
+        if bias_mu.device != weight_mu.device:
+            raise ValueError(f"bias_mu must be on the device of weight_mu, {weight_mu.device}, got {bias_mu.device}")
+    kind = x.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(kind))
+    if x.dtype != weight_mu.dtype:
+        raise TypeError(f"x must have the dtype of weight_mu, {weight_mu.dtype}, outside autocast, got {x.dtype}")
+    return x

@@ -1,0 +1,172 @@
+"""What every Bayesian layer shares: parameters and priors by name, the KL, and where the noise comes from."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fusedbayes import functional
+from fusedbayes.noise import Address
+from fusedbayes.reference import GaussianParameter
+
+# Wrappers that put their own name into the path of every module below them.
+_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+
+
+@dataclass(frozen=True)
+class FrozenNoise:
+    """The noise of one function draw, as a layer sees it; set by `fusedbayes.frozen_sample`.
+
+    Attributes:
+        seed: 0-d int64 tensor on the layer's device.
+        addresses: of each of the layer's random tensors, by name.
+    """
+
+    seed: Tensor
+    addresses: dict[str, Address]
+
+
+class MeanWeights:
+    """Stands in for noise while `fusedbayes.mean_mode` is on: every weight is its posterior mean."""
+
+
+class VariationalParameter(NamedTuple):
+    """One random tensor of a model: the layer's qualified name, the layer, and the tensor's name in it."""
+
+    layer_name: str
+    layer: "BayesModule"
+    name: str
+
+    @property
+    def value(self) -> GaussianParameter:
+        """mu, rho and the prior."""
+        return self.layer.gaussian(self.name)
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """What makes it the same random tensor wherever it is held: its mu and its rho."""
+        return id(self.value.mu), id(self.value.rho)
+
+
+class BayesModule(nn.Module):
+    """Base class of the Bayesian layers.
+
+    A random tensor `name` has the parameters ``{name}_mu`` and ``{name}_rho``, sigma = softplus(rho), and the prior in
+    the buffers ``{name}_prior_mu`` and ``{name}_prior_sigma``: 0-d for a scalar prior, else of the tensor's shape. All
+    four are in the state_dict. The layer samples in training and evaluation mode alike; `fusedbayes.frozen_sample` and
+    `fusedbayes.mean_mode` change that for a while.
+    """
+
+    random_tensors: ClassVar[tuple[str, ...]] = ()
+
+    # Held for a while by the context managers of `fusedbayes.predict` and `fusedbayes.objective`, in the instance's
+    # __dict__; neither copied nor saved.
+    _noise: FrozenNoise | MeanWeights | None = None
+    _kl_wanted = False
+    _kl_of_forward: Tensor | None = None
+    _TRANSIENT: ClassVar[tuple[str, ...]] = ("_noise", "_kl_wanted", "_kl_of_forward")
+
+    def names(self) -> list[str]:
+        """The random tensors that the layer has: without a bias, "bias" is not among them."""
+        return [name for name in self.random_tensors if getattr(self, f"{name}_mu") is not None]
+
+    def gaussian(self, name: str) -> GaussianParameter:
+        """mu, rho, prior_mu and prior_sigma of the random tensor `name`."""
+        return GaussianParameter(*(getattr(self, f"{name}_{part}") for part in GaussianParameter._fields))
+
+    def kl_loss(self) -> Tensor:
+        """KL of the posterior from the prior, summed over the layer's parameters; see `fusedbayes.kl_loss`.
+
+        Returns:
+            0-d float32 tensor (float64 for float64 parameters) in nats, differentiable.
+        """
+        return torch.stack([self.kl_of(name) for name in self.names()]).sum()
+
+    def kl_of(self, name: str) -> Tensor:
+        """The KL of one random tensor, 0-d."""
+        parameter = self.gaussian(name)
+        return functional.weight_kl(parameter.mu, parameter.rho, (parameter.prior_mu, parameter.prior_sigma))
+
+    @torch.no_grad()
+    def set_prior(self, mu: float | Tensor, sigma: float | Tensor, name: str = "weight") -> None:
+        """Sets the prior N(mu, sigma^2) of one random tensor, by copy.
+
+        Args:
+            mu, sigma: numbers, or tensors of the parameter's shape; sigma is a standard deviation > 0.
+            name: of the random tensor, "weight" (default) or "bias".
+
+        Raises:
+            TypeError: `mu` or `sigma` is neither a number nor a floating-point tensor.
+            ValueError: no such random tensor, a shape that is neither () nor the parameter's, or a sigma that is not
+                positive and finite.
+        """
+        if name not in self.names():
+            raise ValueError(f"name must be one of {', '.join(map(repr, self.names()))}, got {name!r}")
+        reference_mu = self.gaussian(name).mu
+        for part, value, positive in (("prior_mu", mu, False), ("prior_sigma", sigma, True)):
+            if not isinstance(value, Tensor):
+                functional.check_number(value, part, positive=positive)
+                continue
+            if not value.is_floating_point():
+                raise TypeError(f"{part} must be a number or a floating-point tensor, got dtype {value.dtype}")
+            if value.shape not in ((), reference_mu.shape):
+                raise ValueError(f"{part} must have shape () or {tuple(reference_mu.shape)}, got {tuple(value.shape)}")
+            if not torch.isfinite(value).all() or (positive and not (value > 0).all()):
+                raise ValueError(f"{part} must be finite{' and positive' if positive else ''}, got {value}")
+        self._fill_prior(name, mu, sigma)
+
+    def _fill_prior(self, name: str, mu: float | Tensor, sigma: float | Tensor) -> None:
+        like = self.gaussian(name).mu
+        for part, value in (("prior_mu", mu), ("prior_sigma", sigma)):
+            # A copy: a prior that shared storage with mu would move with it.
+            new = value.detach().to(like, copy=True) if isinstance(value, Tensor) else like.new_full((), value)
+            setattr(self, f"{name}_{part}", new)
+
+    def _register_gaussian(self, name: str, shape: tuple[int, ...] | None, factory: dict[str, Any]) -> None:
+        """Declares a random tensor of `shape`, or its absence; its values are reset_parameters' business."""
+        for part in ("mu", "rho"):
+            value = None if shape is None else nn.Parameter(torch.empty(shape, **factory))
+            self.register_parameter(f"{name}_{part}", value)
+        for part in ("prior_mu", "prior_sigma"):
+            self.register_buffer(f"{name}_{part}", None if shape is None else torch.empty((), **factory))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # A checkpoint may hold a scalar prior or one value per weight; the buffer takes the checkpoint's form.
+        for name in self.names():
+            for part in ("prior_mu", "prior_sigma"):
+                saved, buffer = state_dict.get(f"{prefix}{name}_{part}"), getattr(self, f"{name}_{part}")
+                shapes = ((), getattr(self, f"{name}_mu").shape)
+                if isinstance(saved, Tensor) and saved.shape in shapes and saved.shape != buffer.shape:
+                    setattr(self, f"{name}_{part}", buffer.new_empty(saved.shape))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in self._TRANSIENT}
+
+    def _prior_repr(self) -> str:
+        """N(mu, sigma) of the weights' prior for extra_repr, or that it is given per weight."""
+        _, _, mu, sigma = self.gaussian("weight")
+        if mu.is_meta:
+            return "prior=meta"
+        values = [f"{t.item():.4g}" if t.dim() == 0 else "per weight" for t in (mu, sigma)]
+        return f"prior_mu={values[0]}, prior_sigma={values[1]}"
+
+
+def bayes_modules(model: nn.Module) -> Iterator[tuple[str, BayesModule]]:
+    """Every distinct Bayesian layer of `model` with its qualified name, wrappers' names left out."""
+    for path, module in model.named_modules():
+        if isinstance(module, BayesModule):
+            yield ".".join(part for part in path.split(".") if part not in _WRAPPERS), module
+
+
+def variational_parameters(model: nn.Module) -> Iterator[VariationalParameter]:
+    """Every distinct random tensor of `model` once, with the first layer that holds it; tied layers share theirs."""
+    seen = set()
+    for layer_name, layer in bayes_modules(model):
+        for name in layer.names():
+            parameter = VariationalParameter(layer_name, layer, name)
+            if parameter.key not in seen:
+                seen.add(parameter.key)
+                yield parameter

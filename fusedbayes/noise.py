@@ -1,0 +1,207 @@
+"""Counter-based noise: every random number is a pure function of what it is for.
+
+A normal is addressed by a seed and five coordinates: row and column in the (two-dimensional, unsharded) tensor it
+perturbs, Monte Carlo sample and stream::
+
+    key     = (low 32 bits of the seed, high 32 bits of the seed)
+    counter = (column // 4, row, sample, stream)
+    words   = Philox4x32-7(counter, key)              # four 32-bit words, for columns 4q .. 4q+3
+
+so neither tile sizes, launch order, device, backend nor sharding change it. This module is the definition, in PyTorch;
+`fusedbayes.kernels` holds the same function for Triton, equal word for word.
+
+Source: Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011 (Philox4x32, which passes
+BigCrush from seven rounds on); Box and Muller, "A note on the generation of random normal deviates", 1958.
+"""
+
+import enum
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+ROUNDS = 7
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+_MASK = 0xFFFFFFFF
+# Rows drawn at once: bounds the int64 temporaries to a few MiB, which stay in the cache.
+_CHUNK_WORDS = 1 << 16
+
+
+class Role(enum.IntEnum):
+    """What a stream is for. A stream's number is ``8 * layer + role``, where only `frozen_sample` sets ``layer``."""
+
+    WEIGHT = 0
+    BIAS = 1
+    LOCAL = 2
+    FLIPOUT_INPUT = 3
+    FLIPOUT_OUTPUT = 4
+
+
+class Address(NamedTuple):
+    """Where a tensor's noise lies, for a given seed.
+
+    Attributes:
+        stream: which tensor of which layer, in [0, 2**32); see `Role`.
+        sample: index of the Monte Carlo sample, in [0, 2**32).
+        row_offset, column_offset: where a shard begins in the whole tensor seen as two-dimensional.
+    """
+
+    stream: int = 0
+    sample: int = 0
+    row_offset: int = 0
+    column_offset: int = 0
+
+
+def draw_seed(device: torch.device | str | None = None) -> Tensor:
+    """Draws a fresh seed from torch's own generator of `device`, without synchronising.
+
+    `torch.manual_seed`, activation checkpointing and CUDA graph replay therefore treat it like any other random draw.
+
+    Returns:
+        0-d int64 tensor on `device`, uniform over the non-negative int64 numbers.
+    """
+    return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
+
+
+def as_seed(seed: int | Tensor, device: torch.device | str | None = None) -> Tensor:
+    """Makes the seed tensor that the operators take.
+
+    Args:
+        seed: an integer in [-2**63, 2**64), of which the 64 bits count, or a 0-d int64 tensor.
+        device: where the tensor goes; None leaves a tensor where it is and puts an integer on the CPU.
+
+    Returns:
+        0-d int64 tensor.
+
+    Raises:
+        TypeError: `seed` is neither an integer nor an int64 tensor.
+        ValueError: an integer that does not fit 64 bits, or a tensor that is not 0-d.
+    """
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64:
+            raise TypeError(f"seed must be an int64 tensor or an int, got a tensor of dtype {seed.dtype}")
+        if seed.dim() != 0:
+            raise ValueError(f"seed must be a 0-d tensor, got shape {tuple(seed.shape)}")
+        return seed if device is None else seed.to(device)
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an int or a 0-d int64 tensor, got {type(seed).__name__}")
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed must lie in [-2**63, 2**64), got {seed}")
+    return torch.tensor(seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device=device)
+
+
+def philox_words(seed: int | Tensor, quads: Tensor, rows: Tensor, sample: int, stream: int) -> tuple[Tensor, ...]:
+    """Philox4x32-7 at counters ``(quads, rows, sample, stream)``.
+
+    Args:
+        seed: 64-bit key, an int or a 0-d int64 tensor.
+        quads, rows: int64 tensors with values in [0, 2**32), broadcast against each other.
+        sample, stream: integers in [0, 2**32).
+
+    Returns:
+        Four int64 tensors of the broadcast shape with values in [0, 2**32).
+    """
+    seed = as_seed(seed, quads.device)
+    key = [seed & _MASK, (seed >> 32) & _MASK]
+    shape = torch.broadcast_shapes(quads.shape, rows.shape)
+    words = [quads.expand(shape), rows.expand(shape)] + [quads.new_full((), value) for value in (sample, stream)]
+    for _ in range(ROUNDS):
+        # A 64-bit product that wraps keeps all its bits; the shift's sign extension is masked away.
+        product_0, product_2 = words[0] * _MULTIPLIERS[0], words[2] * _MULTIPLIERS[1]
+        words = [
+            ((product_2 >> 32) & _MASK) ^ words[1] ^ key[0],
+            product_2 & _MASK,
+            ((product_0 >> 32) & _MASK) ^ words[3] ^ key[1],
+            product_0 & _MASK,
+        ]
+        key = [(k + step) & _MASK for k, step in zip(key, _KEY_STEPS, strict=True)]
+    return tuple(word.expand(shape) for word in words)
+
+
+def _box_muller(radius_word: Tensor, angle_word: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    # Both uniforms are rounded to fp32 whatever the dtype, so that an fp64 run draws the noise of an fp32 run.
+    uniform = radius_word.float() * 2.0**-32 + 2.0**-33
+    signed = torch.where(angle_word >= 2**31, angle_word - 2**32, angle_word)
+    theta = signed.float().mul_(2.0**-31).to(dtype).mul_(math.pi)
+    radius = uniform.to(dtype).log_().mul_(-2.0).sqrt_()
+    return radius * theta.cos(), radius * theta.sin()
+
+
+def normal(
+    seed: int | Tensor,
+    rows: int,
+    columns: int,
+    *,
+    sample: int = 0,
+    stream: int = 0,
+    row_offset: int = 0,
+    column_offset: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Draws the standard normals of a (rows, columns) block of a larger tensor.
+
+    ``eps[i, j]`` depends on `seed`, `sample`, `stream` and the *global* coordinates ``(row_offset + i, column_offset +
+    j)`` alone: a shard that passes its offsets draws exactly its part of the whole.
+
+    Args:
+        seed: an int, or a 0-d int64 tensor.
+        rows, columns: size of the block, 0 or more.
+        sample: index of the Monte Carlo sample, in [0, 2**32).
+        stream: which tensor of which layer the noise is for, in [0, 2**32).
+        row_offset, column_offset: where the block begins; rows stay below 2**32, columns below 2**34.
+        dtype: float32 (default) or float64; both round the same uniforms and agree to 1e-5.
+        device: default the seed tensor's device, the CPU for an int.
+
+    Returns:
+        (rows, columns) tensor of `dtype`, N(0, 1), |eps| <= 6.77.
+
+    Raises:
+        TypeError: a coordinate is not an int, or `seed` or `dtype` is not of a type given above.
+        ValueError: a coordinate is out of range.
+    """
+    if dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
+    check_coordinates(rows, columns, sample=sample, stream=stream, row_offset=row_offset, column_offset=column_offset)
+    seed = as_seed(seed, device)
+    first_quad, end_quad = column_offset // 4, -(-(column_offset + columns) // 4)
+    quads = torch.arange(first_quad, end_quad, device=seed.device)[None, :]
+    eps = torch.empty(rows, end_quad - first_quad, 4, dtype=dtype, device=seed.device)
+    chunk = max(1, _CHUNK_WORDS // max(1, end_quad - first_quad))
+    for start in range(0, rows, chunk):
+        block = eps[start : start + chunk]
+        block_rows = torch.arange(row_offset + start, row_offset + start + len(block), device=seed.device)[:, None]
+        words = philox_words(seed, quads, block_rows, sample, stream)
+        block[..., 0], block[..., 1] = _box_muller(words[0], words[1], dtype)
+        block[..., 2], block[..., 3] = _box_muller(words[2], words[3], dtype)
+    shift = column_offset - 4 * first_quad
+    return eps.flatten(1)[:, shift : shift + columns]
+
+
+def check_coordinates(
+    rows: int,
+    columns: int,
+    *,
+    sample: int = 0,
+    stream: int = 0,
+    row_offset: int = 0,
+    column_offset: int = 0,
+) -> None:
+    """Raises TypeError or ValueError unless the block lies inside the noise's address space (see `normal`)."""
+    values = {"rows": rows, "columns": columns, "sample": sample, "stream": stream}
+    values |= {"row_offset": row_offset, "column_offset": column_offset}
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+            raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+        if value < 0:
+            raise ValueError(f"{name} must not be negative, got {value}")
+    for name, value, limit in (
+        ("sample", sample, 32),
+        ("stream", stream, 32),
+        ("row_offset + rows", row_offset + rows - 1, 32),
+        ("column_offset + columns", column_offset + columns - 1, 34),
+    ):
+        if value >= 2**limit:
+            raise ValueError(f"{name} must address less than 2**{limit}, got {value}")

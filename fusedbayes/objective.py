@@ -1,0 +1,170 @@
+"""The training objective: the negative evidence lower bound per example.
+
+docs/kl.md says which coefficient belongs where and why.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fusedbayes.functional import check_count
+from fusedbayes.nn.module import BayesModule, bayes_modules, variational_parameters
+from fusedbayes.schedules import Schedule, check_kl_weight
+
+
+def kl_loss(model: nn.Module) -> Tensor:
+    """KL of the posterior from the prior in nats, summed over each distinct Bayesian parameter of `model` once.
+
+    Computed from the parameters as they are now: it depends neither on what was forwarded nor how often, and layers
+    that share parameters are charged once. `ELBO` gets the same number fused with the forward pass.
+
+    Args:
+        model: any module; wrappers such as torch.compile's are looked through.
+
+    Returns:
+        0-d float32 tensor (float64 for float64 parameters), differentiable; zero if no layer is Bayesian.
+    """
+    return _sum([p.layer.kl_of(p.name) for p in variational_parameters(model)], model)
+
+
+class ElboOutput(NamedTuple):
+    """What `ELBO` returns: three 0-d tensors, with ``loss = nll + kl_weight * kl / num_data``.
+
+    Attributes:
+        loss: the negative ELBO per example, to be minimised.
+        nll: mean negative log likelihood per example.
+        kl: KL of the whole posterior in nats, unweighted.
+    """
+
+    loss: Tensor
+    nll: Tensor
+    kl: Tensor
+
+
+class ELBO(nn.Module):
+    """Negative evidence lower bound per example, ``loss = mean nll + kl_weight * kl / num_data``.
+
+    An unbiased estimate of the bound over the whole training set, divided by its size, from one minibatch: the
+    likelihood is averaged over the minibatch, so the KL is divided by the size of the training set and by nothing else
+    (Blundell et al., "Weight uncertainty in neural networks", ICML 2015, section 3.4, whose sum over a minibatch this
+    divides by its size).
+
+    Args:
+        model: a module with Bayesian layers.
+        nll: called as ``nll(model(x), y)``; returns the negative log likelihood in nats, 0-d averaged over the batch
+            (such as torch.nn.functional.cross_entropy) or per example, which is then averaged here.
+        num_data: examples in the training set, not in the minibatch.
+        kl_weight: a number >= 0 (default 1, the bound itself), or a schedule: a callable from the number of training
+            steps already done to a number.
+        num_samples: Monte Carlo samples of the weights per call over which nll is averaged (default 1).
+
+    Shape:
+        ``elbo(x, y)``: whatever `model` and `nll` take.
+
+    Attributes:
+        step: training steps done, in the state_dict. Every call in training mode with gradients enabled counts as one.
+
+    Raises:
+        TypeError: num_data or num_samples is not an int, or kl_weight neither a number nor callable.
+        ValueError: num_data or num_samples below 1, a negative kl_weight, or a model without a Bayesian layer.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        nll: Callable[[Tensor, Tensor], Tensor],
+        num_data: int,
+        *,
+        kl_weight: float | Schedule = 1.0,
+        num_samples: int = 1,
+    ) -> None:
+        super().__init__()
+        check_count(num_data, "num_data")
+        check_count(num_samples, "num_samples")
+        if not callable(nll):
+            raise TypeError(f"nll must be callable as nll(output, target), got {type(nll).__name__}")
+        if not callable(kl_weight):
+            check_kl_weight(kl_weight)
+        if next(bayes_modules(model), None) is None:
+            raise ValueError("model has no Bayesian layer, so its KL is zero: convert it with fusedbayes.to_bayesian")
+        self.model = model
+        self.nll = nll
+        self.num_data = num_data
+        self.kl_weight = kl_weight
+        self.num_samples = num_samples
+        self.step = 0
+
+    def forward(self, x: Tensor, y: Tensor) -> ElboOutput:
+        with _fused_kl(self.model) as kl_of_forward:
+            nll = self._mean_nll(x, y)
+        for _ in range(self.num_samples - 1):
+            nll = nll + self._mean_nll(x, y)
+        nll = nll / self.num_samples
+        kl = kl_of_forward()
+        return ElboOutput(nll + self._current_kl_weight() * kl / self.num_data, nll, kl)
+
+    def _mean_nll(self, x: Tensor, y: Tensor) -> Tensor:
+        nll = self.nll(self.model(x), y)
+        if not isinstance(nll, Tensor):
+            raise TypeError(f"nll must return a tensor, got {type(nll).__name__}")
+        return nll.mean()
+
+    def _current_kl_weight(self) -> float:
+        if not callable(self.kl_weight):
+            return self.kl_weight
+        weight = check_kl_weight(self.kl_weight(self.step))
+        if self.training and torch.is_grad_enabled():
+            self.step += 1
+        return weight
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"step": self.step}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.step = state["step"]
+
+
+@contextlib.contextmanager
+def _fused_kl(model: nn.Module) -> Iterator[Callable[[], Tensor]]:
+    """Has the forwards inside compute the KL of the layers they pass through; yields a function that adds it up.
+
+    What a forward could not give, because a layer was not reached, shares parameters with another or ran without
+    gradients (as in reentrant checkpointing), is computed from the parameters.
+    """
+    owned: dict[BayesModule, list[str]] = {}
+    for parameter in variational_parameters(model):
+        owned.setdefault(parameter.layer, []).append(parameter.name)
+    fused = [layer for layer, names in owned.items() if names == layer.names()]
+    results: dict[BayesModule, Tensor | None] = {}
+
+    def total() -> Tensor:
+        kls = []
+        for layer, names in owned.items():
+            kl = results.get(layer)
+            learns = torch.is_grad_enabled() and any(p.requires_grad for p in layer.parameters())
+            if kl is None or (learns and not kl.requires_grad):
+                kls += [layer.kl_of(name) for name in names]
+            else:
+                kls.append(kl)
+        return _sum(kls, model)
+
+    for layer in fused:
+        layer._kl_wanted = True
+    try:
+        yield total
+    finally:
+        for layer in fused:
+            results[layer] = layer._kl_of_forward
+            layer._kl_wanted = False
+            layer._kl_of_forward = None
+
+
+def _sum(kls: list[Tensor], model: nn.Module) -> Tensor:
+    if not kls:
+        anchor = next(model.parameters(), torch.empty(0))
+        return torch.zeros((), device=anchor.device)
+    # Layers may lie on several devices: the sum goes where the first of them is.
+    return torch.stack([kl.to(kls[0].device) for kl in kls]).sum()

@@ -1,0 +1,39 @@
+"""The operators ``torch.ops.fusedbayes.*``: schemas, autograd, and who computes them where.
+
+The CPU key is PyTorch after `fusedbayes.reference`, the CUDA key Triton. For its backward an operator keeps what it
+was given and nothing else; the noise is drawn again from the seed. Inputs are validated by `fusedbayes.functional`.
+"""
+
+import torch
+from torch.library import Library, register_fake
+
+from fusedbayes.ops import autograd, cuda, eager, fake
+
+# An address is (stream, sample, row_offset, column_offset): fusedbayes.noise.Address. Parameters are 2-D, a bias in
+# bayes_linear 1-D. Without a prior no KL is computed, and the KL that is returned has no element.
+_SCHEMAS = {
+    "sample_weight": """(Tensor mu, Tensor rho, Tensor? prior_mu, Tensor? prior_sigma, Tensor seed, int[] address,
+        ScalarType dtype) -> (Tensor weight, Tensor kl)""",
+    "sample_weight_backward": """(Tensor? grad_weight, Tensor? grad_kl, Tensor mu, Tensor rho, Tensor? prior_mu,
+        Tensor? prior_sigma, Tensor? seed, int[] address) -> (Tensor grad_mu, Tensor grad_rho)""",
+    "weight_kl": "(Tensor mu, Tensor rho, Tensor prior_mu, Tensor prior_sigma) -> Tensor",
+    "bayes_linear": """(Tensor x, Tensor weight_mu, Tensor weight_rho, Tensor? weight_prior_mu,
+        Tensor? weight_prior_sigma, Tensor? bias_mu, Tensor? bias_rho, Tensor? bias_prior_mu, Tensor? bias_prior_sigma,
+        Tensor seed, int[] weight_address, int[] bias_address) -> (Tensor y, Tensor kl)""",
+    "bayes_linear_backward_input": "(Tensor grad_y, Tensor mu, Tensor rho, Tensor seed, int[] address) -> Tensor",
+    "bayes_linear_backward_weight": """(Tensor grad_y, Tensor? grad_kl, Tensor x, Tensor mu, Tensor rho,
+        Tensor? prior_mu, Tensor? prior_sigma, Tensor seed, int[] address) -> (Tensor grad_mu, Tensor grad_rho)""",
+}
+
+_library = Library("fusedbayes", "DEF")
+for _name, _schema in _SCHEMAS.items():
+    _library.define(_name + _schema)
+    _library.impl(_name, getattr(eager, _name), "CPU")
+    _library.impl(_name, cuda.implementation(_name), "CUDA")
+    register_fake(f"fusedbayes::{_name}", getattr(fake, _name), lib=_library)
+for _name in autograd.DIFFERENTIABLE:
+    _library.impl(_name, getattr(autograd, _name), "Autograd")
+
+sample_weight = torch.ops.fusedbayes.sample_weight.default
+weight_kl = torch.ops.fusedbayes.weight_kl.default
+bayes_linear = torch.ops.fusedbayes.bayes_linear.default

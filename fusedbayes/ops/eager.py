@@ -1,0 +1,107 @@
+"""The operators in PyTorch, on any device: the reference's forward, and its gradients in closed form.
+
+The gradients (docs/math.md derives them) draw the noise again instead of keeping it; the tests compare them with
+what autograd makes of `fusedbayes.reference`.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fusedbayes import noise, reference
+from fusedbayes.noise import Address
+from fusedbayes.reference import SIGMA_FLOOR, GaussianParameter, compute_dtype
+
+
+def sample_weight(
+    mu: Tensor,
+    rho: Tensor,
+    prior_mu: Tensor | None,
+    prior_sigma: Tensor | None,
+    seed: Tensor,
+    address: Sequence[int],
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    weight = reference.sample_weight(mu, rho, seed, Address(*address), dtype)
+    return weight, _kl(mu, rho, prior_mu, prior_sigma)
+
+
+def sample_weight_backward(
+    grad_weight: Tensor | None,
+    grad_kl: Tensor | None,
+    mu: Tensor,
+    rho: Tensor,
+    prior_mu: Tensor | None,
+    prior_sigma: Tensor | None,
+    seed: Tensor | None,
+    address: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    dtype = compute_dtype(mu)
+    grad_mu, grad_sigma = mu.new_zeros(mu.shape, dtype=dtype), mu.new_zeros(mu.shape, dtype=dtype)
+    if grad_weight is not None and seed is not None:
+        grad_mu += grad_weight
+        grad_sigma += grad_weight
+        grad_sigma *= noise.normal(seed, *mu.shape, **Address(*address)._asdict(), dtype=dtype, device=mu.device)
+    softplus = F.softplus(rho.to(dtype), threshold=40.0)
+    if grad_kl is not None and prior_mu is not None and prior_sigma is not None:
+        prior_sigma = prior_sigma.to(dtype)
+        sigma = softplus.clamp(min=SIGMA_FLOOR)
+        grad_mu += grad_kl * ((mu.to(dtype) - prior_mu.to(dtype)) / prior_sigma / prior_sigma)
+        grad_sigma += grad_kl * (sigma / prior_sigma / prior_sigma - 1.0 / sigma)
+    # Below the floor sigma is constant.
+    grad_rho = (grad_sigma * torch.sigmoid(rho.to(dtype))).masked_fill_(softplus < SIGMA_FLOOR, 0.0)
+    return grad_mu.to(mu.dtype), grad_rho.to(rho.dtype)
+
+
+def weight_kl(mu: Tensor, rho: Tensor, prior_mu: Tensor, prior_sigma: Tensor) -> Tensor:
+    return reference.weight_kl(GaussianParameter(mu, rho, prior_mu, prior_sigma))
+
+
+def bayes_linear(
+    x: Tensor,
+    weight_mu: Tensor,
+    weight_rho: Tensor,
+    weight_prior_mu: Tensor | None,
+    weight_prior_sigma: Tensor | None,
+    bias_mu: Tensor | None,
+    bias_rho: Tensor | None,
+    bias_prior_mu: Tensor | None,
+    bias_prior_sigma: Tensor | None,
+    seed: Tensor,
+    weight_address: Sequence[int],
+    bias_address: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    addresses = Address(*weight_address), Address(*bias_address)
+    y = reference.bayes_linear(x, weight_mu, weight_rho, bias_mu, bias_rho, seed, *addresses)
+    kl = _kl(weight_mu, weight_rho, weight_prior_mu, weight_prior_sigma)
+    if bias_mu is not None and bias_rho is not None:
+        kl = kl + _kl(bias_mu, bias_rho, bias_prior_mu, bias_prior_sigma)
+    return y, kl
+
+
+def bayes_linear_backward_input(
+    grad_y: Tensor, mu: Tensor, rho: Tensor, seed: Tensor, address: Sequence[int]
+) -> Tensor:
+    return grad_y @ reference.sample_weight(mu, rho, seed, Address(*address), grad_y.dtype)
+
+
+def bayes_linear_backward_weight(
+    grad_y: Tensor,
+    grad_kl: Tensor | None,
+    x: Tensor,
+    mu: Tensor,
+    rho: Tensor,
+    prior_mu: Tensor | None,
+    prior_sigma: Tensor | None,
+    seed: Tensor,
+    address: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    return sample_weight_backward(grad_y.t() @ x, grad_kl, mu, rho, prior_mu, prior_sigma, seed, address)
+
+
+def _kl(mu: Tensor, rho: Tensor, prior_mu: Tensor | None, prior_sigma: Tensor | None) -> Tensor:
+    if prior_mu is None or prior_sigma is None:
+        return mu.new_empty(0, dtype=compute_dtype(mu))
+    return weight_kl(mu, rho, prior_mu, prior_sigma)

@@ -1,0 +1,230 @@
+"""Prediction: which weights a forward draws, and what many draws say together."""
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fusedbayes.functional import check_count, check_number
+from fusedbayes.nn.module import (
+    BayesModule,
+    FrozenNoise,
+    MeanWeights,
+    VariationalParameter,
+    bayes_modules,
+    variational_parameters,
+)
+from fusedbayes.noise import Address, Role, as_seed, check_coordinates, draw_seed
+
+_ROLES = {"weight": Role.WEIGHT, "bias": Role.BIAS}
+# Layers are numbered below 2^28, so that a stream, 8 * layer + role, is a non-negative int32.
+_LAYERS = 2**28
+
+
+class Prediction:
+    """Monte Carlo samples of a model's output, and their summaries.
+
+    Args:
+        outputs: (samples, batch, ...) tensor of what the model returned for each draw of its weights.
+        class_dim: for classification, the dimension of a single output (batch, ...) that holds the classes' logits.
+
+    The classification summaries read `outputs` as logits. They are computed when first asked for, in float32 or
+    better; entropies are in nats, and predictive = expected + mutual information (Depeweg et al., "Decomposition of
+    uncertainty in Bayesian deep learning", ICML 2018).
+    """
+
+    def __init__(self, outputs: Tensor, class_dim: int = -1) -> None:
+        self.outputs = outputs
+        self.class_dim = class_dim
+
+    @cached_property
+    def _log_probs(self) -> Tensor:
+        shape = self.outputs.shape[1:]
+        if not -len(shape) <= self.class_dim < len(shape) or len(shape) < 2:
+            raise ValueError(
+                f"class_dim is {self.class_dim}, but one output has shape {tuple(shape)}: (batch, classes)?"
+            )
+        if shape[self.class_dim] < 2:
+            raise ValueError(
+                f"classification needs at least two logits, dimension {self.class_dim} of an output holds "
+                f"{shape[self.class_dim]}: give a single logit z as the pair (0, z)"
+            )
+        return torch.log_softmax(_at_least_fp32(self.outputs).movedim(self._dim, -1), -1)
+
+    @property
+    def _dim(self) -> int:
+        return self.class_dim if self.class_dim < 0 else self.class_dim + 1
+
+    @cached_property
+    def mean_probs(self) -> Tensor:
+        """Class probabilities averaged over the samples: an output's shape, (batch, ...)."""
+        return self._log_probs.exp().mean(0).movedim(-1, self.class_dim)
+
+    @cached_property
+    def predictive_entropy(self) -> Tensor:
+        """Entropy of `mean_probs`, the total uncertainty: (batch, ...) without the classes."""
+        return torch.special.entr(self._log_probs.exp().mean(0)).sum(-1)
+
+    @cached_property
+    def expected_entropy(self) -> Tensor:
+        """Mean entropy of the samples' own probabilities, the aleatoric part: shape of `predictive_entropy`."""
+        return torch.special.entr(self._log_probs.exp()).sum(-1).mean(0)
+
+    @cached_property
+    def mutual_information(self) -> Tensor:
+        """Between class and weights, the epistemic part, >= 0: predictive minus expected entropy."""
+        return (self.predictive_entropy - self.expected_entropy).clamp(min=0.0)
+
+    @cached_property
+    def mean(self) -> Tensor:
+        """For regression, the mean over the samples: an output's shape."""
+        return _at_least_fp32(self.outputs).mean(0)
+
+    @cached_property
+    def epistemic_std(self) -> Tensor:
+        """For regression, the standard deviation over the samples (divisor samples - 1): an output's shape.
+
+        Raises:
+            ValueError: there is one sample, whose spread is unknown.
+        """
+        if self.outputs.shape[0] < 2:
+            raise ValueError("a standard deviation needs num_samples of at least 2, got 1")
+        return _at_least_fp32(self.outputs).std(0)
+
+    def std(self, noise_sigma: float | Tensor) -> Tensor:
+        """For regression, the standard deviation of a new observation, sqrt(epistemic_std^2 + noise_sigma^2).
+
+        Args:
+            noise_sigma: standard deviation of the observation noise (aleatoric), >= 0: a number, or a tensor that
+                broadcasts to an output.
+
+        Raises:
+            ValueError: a negative number.
+        """
+        if not isinstance(noise_sigma, Tensor) and check_number(noise_sigma, "noise_sigma") < 0.0:
+            raise ValueError(f"noise_sigma must not be negative, got {noise_sigma}")
+        return torch.hypot(self.epistemic_std, torch.as_tensor(noise_sigma).to(self.epistemic_std))
+
+    def __repr__(self) -> str:
+        return f"Prediction(outputs={tuple(self.outputs.shape)} {self.outputs.dtype}, class_dim={self.class_dim})"
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module,
+    x: Any,
+    num_samples: int = 32,
+    *,
+    seed: int | Tensor | None = None,
+    class_dim: int = -1,
+) -> Prediction:
+    """Runs `model` on `x` under `num_samples` draws of its weights.
+
+    Sample s is the function of ``frozen_sample(model, seed, sample=s)``: one consistent draw for the whole batch. The
+    modules are put into evaluation mode (dropout off, batch statistics fixed) and each back into its own afterwards.
+
+    Args:
+        model: any module; its output must be one tensor.
+        x: the model's input, passed as ``model(x)``.
+        num_samples: number of draws, 1 or more (default 32).
+        seed: an int or a 0-d int64 tensor; default a fresh one from torch's generator.
+        class_dim: of a single output, for the classification summaries (default the last).
+
+    Returns:
+        `Prediction`, with ``outputs`` of shape (num_samples, ...), without gradients.
+
+    Raises:
+        TypeError: the model does not return a tensor, or num_samples is not an int.
+        ValueError: num_samples is below 1, or the model has no Bayesian layer.
+    """
+    check_count(num_samples, "num_samples")
+    seed = draw_seed() if seed is None else as_seed(seed)
+    was_training = [(module, module.training) for module in model.modules()]
+    outputs: list[Tensor] = []
+    try:
+        model.eval()
+        for sample in range(num_samples):
+            with frozen_sample(model, seed, sample=sample):
+                output = model(x)
+            if not isinstance(output, Tensor):
+                raise TypeError(f"the model must return a tensor, got {type(output).__name__}: wrap it to pick one out")
+            outputs.append(output)
+    finally:
+        for module, training in was_training:
+            module.training = training
+    return Prediction(torch.stack(outputs), class_dim)
+
+
+@contextlib.contextmanager
+def frozen_sample(model: nn.Module, seed: int | Tensor, *, sample: int = 0) -> Iterator[None]:
+    """Within the context the Bayesian layers of `model` use one draw of their weights: one consistent function.
+
+    The draw is a function of `seed`, `sample` and each layer's qualified name, not of call order: it is the same for
+    every batch, in every process and after save and load. Tied layers draw the same weights. Contexts nest; the
+    innermost counts. Compute gradients inside the context if activations are checkpointed, because their recomputation
+    draws the weights again.
+
+    Args:
+        model: the module whose layers are frozen, with at least one Bayesian layer.
+        seed: an int or a 0-d int64 tensor.
+        sample: index of the Monte Carlo sample, in [0, 2**32) (default 0).
+
+    Raises:
+        TypeError, ValueError: `seed` or `sample` is not as above, or the model has no Bayesian layer.
+    """
+    check_coordinates(1, 1, sample=sample)
+    seed = as_seed(seed)
+    numbers = _number_layers(model)
+    owners = {parameter.key: parameter.layer for parameter in variational_parameters(model)}
+    noise = {}
+    for layer in numbers:
+        parameters = [VariationalParameter("", layer, name) for name in layer.names()]
+        addresses = {p.name: Address(8 * numbers[owners[p.key]] + _ROLES[p.name], sample) for p in parameters}
+        noise[layer] = FrozenNoise(seed.to(next(layer.parameters()).device), addresses)
+    with _noise_of(noise):
+        yield
+
+
+@contextlib.contextmanager
+def mean_mode(model: nn.Module) -> Iterator[None]:
+    """Within the context every Bayesian layer of `model` computes with its posterior means: no sampling.
+
+    Contexts of this kind and of `frozen_sample` nest; the innermost counts.
+    """
+    with _noise_of({layer: MeanWeights() for _, layer in bayes_modules(model)}):
+        yield
+
+
+@contextlib.contextmanager
+def _noise_of(noise: dict[BayesModule, Any]) -> Iterator[None]:
+    before = {layer: layer._noise for layer in noise}
+    try:
+        for layer, source in noise.items():
+            layer._noise = source
+        yield
+    finally:
+        for layer, source in before.items():
+            layer._noise = source
+
+
+def _number_layers(model: nn.Module) -> dict[BayesModule, int]:
+    """A number below 2^28 for each Bayesian layer: its name's hash, or the next free one where two names collide."""
+    numbers: dict[BayesModule, int] = {}
+    taken: set[int] = set()
+    for name, layer in bayes_modules(model):
+        number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % _LAYERS
+        while number in taken:
+            number = (number + 1) % _LAYERS
+        taken.add(number)
+        numbers[layer] = number
+    if not numbers:
+        raise ValueError("model has no Bayesian layer to draw: convert it with fusedbayes.to_bayesian")
+    return numbers
+
+
+def _at_least_fp32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
