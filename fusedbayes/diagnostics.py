@@ -57,13 +57,13 @@ class Report(tuple[Row, ...], Generic[Row]):
         if not self:
             return "(no rows)"
         cells: list[list[str]] = [list(self[0]._fields)]
-        cells += [[f"{value:.4g}" if isinstance(value, float) else str(value) for value in row] for row in self]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = [
-            "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])  # names left, numbers right
-            for row in cells
-        ]
-        return "\n".join(lines)
+        for row in self:
+            cells.append([f"{value:.4g}" if isinstance(value, float) else str(value) for value in row])
+        widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+        for line in cells:
+            line[0] = line[0].ljust(widths[0])
+            line[1:] = map(str.rjust, line[1:], widths[1:])
+        return "\n".join(map("  ".join, cells))
 
 
 @torch.no_grad()

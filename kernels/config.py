@@ -68,5 +68,5 @@ def select_config(
     block_m = min(128, max(16, 1 << (rows - 1).bit_length())) if rows > 0 else 16
     single_pass = rows <= 256
     if kernel == "forward":
-        return MatmulConfig(block_m, block_n=64, block_k=32, num_warps=4, num_stages=stages, single_pass=single_pass)
-    return MatmulConfig(block_m, block_n=32, block_k=64, num_warps=4, num_stages=stages, single_pass=single_pass)
+        return MatmulConfig(block_m, block_n=64, block_k=32, num_warps=8, num_stages=stages, single_pass=single_pass)
+    return MatmulConfig(block_m, block_n=32, block_k=64, num_warps=8, num_stages=stages, single_pass=single_pass)

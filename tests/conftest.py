@@ -1,0 +1,39 @@
+"""Shared set-up: where kernels run, poisoned memory, seeds and tolerances."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Read when @triton.jit decorates, hence before the package is imported: kernels run in Triton's interpreter.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked gpu need a CUDA device."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
+
+
+@pytest.fixture(
+    params=[pytest.param("cpu", id="interpreter"), pytest.param("cuda", id="compiled", marks=pytest.mark.gpu)]
+)
+def kernel_device(request: pytest.FixtureRequest) -> str:
+    """Where a kernel is launched: interpreted on the CPU, or compiled on the GPU where there is one."""
+    if request.param == "cpu" and torch.cuda.is_available():
+        pytest.skip("kernels are compiled here, not interpreted")
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _reproducible() -> Iterator[None]:
+    """Fixed seed; and torch.empty holds NaN, so that what a kernel forgets to write shows."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
