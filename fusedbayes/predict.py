@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import math
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
@@ -60,9 +61,15 @@ class Prediction:
         return self.class_dim if self.class_dim < 0 else self.class_dim + 1
 
     @cached_property
+    def log_mean_probs(self) -> Tensor:
+        """Logarithm of `mean_probs`, without underflow: what the negative log likelihood of held-out data takes."""
+        num_samples = self.outputs.shape[0]
+        return (self._log_probs.logsumexp(0) - math.log(num_samples)).movedim(-1, self.class_dim)
+
+    @cached_property
     def mean_probs(self) -> Tensor:
         """Class probabilities averaged over the samples: an output's shape, (batch, ...)."""
-        return self._log_probs.exp().mean(0).movedim(-1, self.class_dim)
+        return self.log_mean_probs.exp()
 
     @cached_property
     def predictive_entropy(self) -> Tensor:
