@@ -103,30 +103,35 @@ def philox_words(seed: int | Tensor, quads: Tensor, rows: Tensor, sample: int, s
     Returns:
         Four int64 tensors of the broadcast shape with values in [0, 2**32).
     """
-    seed = as_seed(seed, quads.device)
-    key = [seed & _MASK, (seed >> 32) & _MASK]
+    outer, inner = _philox(as_seed(seed, quads.device), quads, rows, sample, stream)
+    return outer[0], inner[0], outer[1], inner[1]
+
+
+def _philox(seed: Tensor, quads: Tensor, rows: Tensor, sample: int, stream: int) -> tuple[Tensor, Tensor]:
+    """The words as (x0, x2) and (x1, x3), stacked: both halves of a round in one operation, which small blocks need."""
     shape = torch.broadcast_shapes(quads.shape, rows.shape)
-    words = [quads.expand(shape), rows.expand(shape)] + [quads.new_full((), value) for value in (sample, stream)]
-    for _ in range(ROUNDS):
+    outer, inner = quads.new_empty(2, *shape), quads.new_empty(2, *shape)
+    outer[0], inner[0], outer[1], inner[1] = quads, rows, sample, stream
+    # Filled, not copied from the host, which would wait for the device.
+    lanes = quads.new_empty(3, 2, *[1] * len(shape))
+    lanes[0, 0], lanes[0, 1] = _MULTIPLIERS
+    lanes[1, 0], lanes[1, 1] = _KEY_STEPS
+    lanes[2, 0], lanes[2, 1] = seed, seed >> 32
+    multipliers, steps, key = lanes
+    for done in range(ROUNDS):
         # A 64-bit product that wraps keeps all its bits; the shift's sign extension is masked away.
-        product_0, product_2 = words[0] * _MULTIPLIERS[0], words[2] * _MULTIPLIERS[1]
-        words = [
-            ((product_2 >> 32) & _MASK) ^ words[1] ^ key[0],
-            product_2 & _MASK,
-            ((product_0 >> 32) & _MASK) ^ words[3] ^ key[1],
-            product_0 & _MASK,
-        ]
-        key = [(k + step) & _MASK for k, step in zip(key, _KEY_STEPS, strict=True)]
-    return tuple(word.expand(shape) for word in words)
+        product = (outer * multipliers).flip(0)
+        outer = (product >> 32).bitwise_and_(_MASK).bitwise_xor_(inner).bitwise_xor_((key + done * steps) & _MASK)
+        inner = product.bitwise_and_(_MASK)
+    return outer, inner
 
 
-def _box_muller(radius_word: Tensor, angle_word: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _box_muller(radius_words: Tensor, angle_words: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     # Both uniforms are rounded to fp32 whatever the dtype, so that an fp64 run draws the noise of an fp32 run.
-    uniform = radius_word.float() * 2.0**-32 + 2.0**-33
-    signed = torch.where(angle_word >= 2**31, angle_word - 2**32, angle_word)
-    theta = signed.float().mul_(2.0**-31).to(dtype).mul_(math.pi)
+    uniform = radius_words.float().mul_(2.0**-32).add_(2.0**-33)
+    theta = angle_words.to(torch.int32).float().mul_(2.0**-31).to(dtype).mul_(math.pi)
     radius = uniform.to(dtype).log_().mul_(-2.0).sqrt_()
-    return radius * theta.cos(), radius * theta.sin()
+    return radius * theta.cos(), theta.sin_().mul_(radius)
 
 
 def normal(
@@ -173,9 +178,9 @@ def normal(
     for start in range(0, rows, chunk):
         block = eps[start : start + chunk]
         block_rows = torch.arange(row_offset + start, row_offset + start + len(block), device=seed.device)[:, None]
-        words = philox_words(seed, quads, block_rows, sample, stream)
-        block[..., 0], block[..., 1] = _box_muller(words[0], words[1], dtype)
-        block[..., 2], block[..., 3] = _box_muller(words[2], words[3], dtype)
+        cosines, sines = _box_muller(*_philox(seed, quads, block_rows, sample, stream), dtype)
+        block[..., 0::2] = cosines.movedim(0, -1)
+        block[..., 1::2] = sines.movedim(0, -1)
     shift = column_offset - 4 * first_quad
     return eps.flatten(1)[:, shift : shift + columns]
 

@@ -58,7 +58,8 @@ class ELBO(nn.Module):
             (such as torch.nn.functional.cross_entropy) or per example, which is then averaged here.
         num_data: examples in the training set, not in the minibatch.
         kl_weight: a number >= 0 (default 1, the bound itself), or a schedule: a callable from the number of training
-            steps already done to a number.
+            steps already done to a number (`fusedbayes.schedules`). With a schedule compile the model, not the ELBO:
+            torch.compile would compile every step anew.
         num_samples: Monte Carlo samples of the weights per call over which nll is averaged (default 1).
 
     Shape:

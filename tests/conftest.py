@@ -9,6 +9,8 @@ import torch
 if not torch.cuda.is_available():
     # Read when @triton.jit decorates, hence before the package is imported: kernels run in Triton's interpreter.
     os.environ["TRITON_INTERPRET"] = "1"
+# The tensors are tiny and the tests run side by side: a second thread each would only fight for the cores.
+torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

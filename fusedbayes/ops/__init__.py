@@ -4,6 +4,9 @@ The CPU key is PyTorch after `fusedbayes.reference`, the CUDA key Triton. For it
 was given and nothing else; the noise is drawn again from the seed. Inputs are validated by `fusedbayes.functional`.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch.library import Library, register_fake
 
@@ -34,6 +37,18 @@ for _name, _schema in _SCHEMAS.items():
 for _name in autograd.DIFFERENTIABLE:
     _library.impl(_name, getattr(autograd, _name), "Autograd")
 
-sample_weight = torch.ops.fusedbayes.sample_weight.default
-weight_kl = torch.ops.fusedbayes.weight_kl.default
-bayes_linear = torch.ops.fusedbayes.bayes_linear.default
+
+def _entry(name: str) -> Callable[..., Any]:
+    operator = getattr(torch.ops.fusedbayes, name).default
+
+    def call(*arguments: Any) -> Any:
+        # torch.func cannot look into an operator with its own autograd, but into PyTorch.
+        transformed = torch._C._are_functorch_transforms_active()
+        return (getattr(eager, name) if transformed else operator)(*arguments)
+
+    return call
+
+
+sample_weight = _entry("sample_weight")
+weight_kl = _entry("weight_kl")
+bayes_linear = _entry("bayes_linear")

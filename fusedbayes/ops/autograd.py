@@ -1,12 +1,15 @@
-"""Gradients of the operators, each from registered operators alone, so that torch.compile can trace them."""
+"""Gradients of the operators, each from registered operators alone, so that torch.compile can trace them.
 
-from collections.abc import Sequence
+A backward pass that is itself to be differentiated (``create_graph=True``, torch.func) goes through the PyTorch
+implementation instead, whose operations autograd knows: slower, with the noise in memory, but right to any order.
+"""
+
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from fusedbayes.ops import eager
 from fusedbayes.reference import compute_dtype
 
 DIFFERENTIABLE = ("sample_weight", "weight_kl", "bayes_linear")
@@ -17,91 +20,99 @@ def _below_autograd(name: str, *arguments: Any) -> Any:
         return getattr(torch.ops.fusedbayes, name).default(*arguments)
 
 
-def _dispatch(name: str, function: type[torch.autograd.Function], *arguments: Any) -> Any:
+def _dispatch(function: type["_Operator"], *arguments: Any) -> Any:
     needs_grad = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
-    return function.apply(*arguments) if needs_grad else _below_autograd(name, *arguments)
+    return function.apply(*arguments) if needs_grad else _below_autograd(function.name, *arguments)
 
 
-class _SampleWeight(torch.autograd.Function):
+class _Operator(torch.autograd.Function):
+    """Keeps the operator's arguments, and nothing it computed, for the backward pass."""
+
+    name: str
+    num_tensors: int  # the arguments begin with this many tensors
+
     @staticmethod
-    def forward(
-        ctx: Any,
-        mu: Tensor,
-        rho: Tensor,
-        prior_mu: Tensor | None,
-        prior_sigma: Tensor | None,
-        seed: Tensor,
-        address: Sequence[int],
-        dtype: torch.dtype,
-    ) -> tuple[Tensor, Tensor]:
-        weight, kl = _below_autograd("sample_weight", mu, rho, prior_mu, prior_sigma, seed, address, dtype)
+    def save(ctx: Any, inputs: tuple[Any, ...], num_tensors: int) -> None:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(mu, rho, prior_mu, prior_sigma, seed)
-        ctx.address = address
-        if prior_mu is None:
-            ctx.mark_non_differentiable(kl)
-        return weight, kl
+        ctx.save_for_backward(*inputs[:num_tensors])
+        ctx.rest = inputs[num_tensors:]
 
     @staticmethod
-    @once_differentiable
+    def differentiable_backward(ctx: Any, name: str, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The gradients as functions that autograd can differentiate again."""
+        arguments = (*ctx.saved_tensors, *ctx.rest)
+        outputs = getattr(eager, name)(*arguments)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        used = [(o, g) for o, g in zip(outputs, grad_outputs, strict=True) if g is not None and o.requires_grad]
+        wanted = [argument for argument, needed in zip(arguments, ctx.needs_input_grad, strict=True) if needed]
+        values, seeds = zip(*used, strict=True)
+        grads = iter(torch.autograd.grad(values, wanted, seeds, create_graph=True, allow_unused=True))
+        return tuple(next(grads) if needed else None for needed in ctx.needs_input_grad)
+
+
+class _SampleWeight(_Operator):
+    name = "sample_weight"
+
+    @staticmethod
+    def forward(*arguments: Any) -> Any:
+        return _below_autograd("sample_weight", *arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _Operator.save(ctx, inputs, 5)
+        if inputs[2] is None:
+            ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
     def backward(ctx: Any, grad_weight: Tensor | None, grad_kl: Tensor | None) -> Any:
-        mu, rho, prior_mu, prior_sigma, seed = ctx.saved_tensors
-        grads = torch.ops.fusedbayes.sample_weight_backward.default(
-            grad_weight, grad_kl, mu, rho, prior_mu, prior_sigma, seed, ctx.address
-        )
+        if torch.is_grad_enabled():
+            return _Operator.differentiable_backward(ctx, "sample_weight", grad_weight, grad_kl)
+        address, _ = ctx.rest
+        grads = torch.ops.fusedbayes.sample_weight_backward.default(grad_weight, grad_kl, *ctx.saved_tensors, address)
         return *grads, None, None, None, None, None
 
 
-class _WeightKL(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, mu: Tensor, rho: Tensor, prior_mu: Tensor, prior_sigma: Tensor) -> Any:
-        ctx.save_for_backward(mu, rho, prior_mu, prior_sigma)
-        return _below_autograd("weight_kl", mu, rho, prior_mu, prior_sigma)
+class _WeightKL(_Operator):
+    name = "weight_kl"
 
     @staticmethod
-    @once_differentiable
+    def forward(*arguments: Any) -> Any:
+        return _below_autograd("weight_kl", *arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _Operator.save(ctx, inputs, 4)
+
+    @staticmethod
     def backward(ctx: Any, grad_kl: Tensor) -> Any:
-        mu, rho, prior_mu, prior_sigma = ctx.saved_tensors
-        grads = torch.ops.fusedbayes.sample_weight_backward.default(
-            None, grad_kl, mu, rho, prior_mu, prior_sigma, None, (0, 0, 0, 0)
-        )
+        if torch.is_grad_enabled():
+            return _Operator.differentiable_backward(ctx, "weight_kl", grad_kl)
+        address = (0, 0, 0, 0)
+        grads = torch.ops.fusedbayes.sample_weight_backward.default(None, grad_kl, *ctx.saved_tensors, None, address)
         return *grads, None, None
 
 
-class _BayesLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight_mu: Tensor,
-        weight_rho: Tensor,
-        weight_prior_mu: Tensor | None,
-        weight_prior_sigma: Tensor | None,
-        bias_mu: Tensor | None,
-        bias_rho: Tensor | None,
-        bias_prior_mu: Tensor | None,
-        bias_prior_sigma: Tensor | None,
-        seed: Tensor,
-        weight_address: Sequence[int],
-        bias_address: Sequence[int],
-    ) -> tuple[Tensor, Tensor]:
-        weight = (weight_mu, weight_rho, weight_prior_mu, weight_prior_sigma)
-        bias = (bias_mu, bias_rho, bias_prior_mu, bias_prior_sigma)
-        y, kl = _below_autograd("bayes_linear", x, *weight, *bias, seed, weight_address, bias_address)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, *weight, *bias, seed)
-        ctx.addresses = weight_address, bias_address
-        if weight_prior_mu is None:
-            ctx.mark_non_differentiable(kl)
-        return y, kl
+class _BayesLinear(_Operator):
+    name = "bayes_linear"
 
     @staticmethod
-    @once_differentiable
+    def forward(*arguments: Any) -> Any:
+        return _below_autograd("bayes_linear", *arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _Operator.save(ctx, inputs, 10)
+        if inputs[3] is None:
+            ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
     def backward(ctx: Any, grad_y: Tensor | None, grad_kl: Tensor | None) -> Any:
+        if torch.is_grad_enabled():
+            return _Operator.differentiable_backward(ctx, "bayes_linear", grad_y, grad_kl)
         ops = torch.ops.fusedbayes
         x, *parameters, seed = ctx.saved_tensors
         weight, bias = parameters[:4], parameters[4:]
-        weight_address, bias_address = ctx.addresses
+        weight_address, bias_address = ctx.rest
         needs_x, needs_weight, needs_bias = (any(ctx.needs_input_grad[i:j]) for i, j in ((0, 1), (1, 3), (5, 7)))
         grad_x = grad_bias = None
         grad_weights: tuple[Tensor | None, Tensor | None] = (None, None)
@@ -122,12 +133,12 @@ class _BayesLinear(torch.autograd.Function):
 
 
 def sample_weight(*arguments: Any) -> Any:
-    return _dispatch("sample_weight", _SampleWeight, *arguments)
+    return _dispatch(_SampleWeight, *arguments)
 
 
 def weight_kl(*arguments: Any) -> Any:
-    return _dispatch("weight_kl", _WeightKL, *arguments)
+    return _dispatch(_WeightKL, *arguments)
 
 
 def bayes_linear(*arguments: Any) -> Any:
-    return _dispatch("bayes_linear", _BayesLinear, *arguments)
+    return _dispatch(_BayesLinear, *arguments)
