@@ -1,0 +1,165 @@
+"""Random layers in the operators' argument order, and checks of kernels on them with derived tolerances."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from fusedbayes import kernels
+from fusedbayes.kernels import MatmulConfig
+
+DTYPES = [
+    pytest.param(torch.float32, id="fp32"),
+    pytest.param(torch.float16, id="fp16"),
+    pytest.param(torch.bfloat16, id="bf16"),
+]
+PRIORS = ("none", "scalar", "per-weight", "mixed")
+
+# What one product of the problems below may be off by, against exact arithmetic on the same inputs. In fp32 it is the
+# 1e-5 by which the backends' noise may differ times sigma, about 0.2; in 16 bits the rounding of W to x's dtype.
+ERROR_OF_A_PRODUCT = {torch.float32: 2e-6, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+# The KL of a weight has terms of order ten (a logarithm, a square) and four roundings.
+ERROR_OF_A_KL = 40 * 2.0**-24
+# From the smallest sigma to the largest; exp overflows in fp32 at 89, is subnormal at -88 and underflows at -104.
+EXTREME_RHO = (-1e4, -745.0, -200.0, -104.0, -89.0, -88.0, -87.0, -20.0, 0.0, 19.0, 21.0, 88.0, 89.0, 200.0, 1e4)
+
+Parameter = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+class Problem(NamedTuple):
+    """The arguments of torch.ops.fusedbayes.bayes_linear, and cotangents of its results."""
+
+    x: Tensor
+    weight: Parameter  # mu, rho, prior_mu, prior_sigma
+    bias: Parameter
+    seed: Tensor
+    weight_address: tuple[int, int, int, int]
+    bias_address: tuple[int, int, int, int]
+    grad_y: Tensor
+    grad_kl: Tensor | None
+
+    @property
+    def forward(self) -> tuple[Any, ...]:
+        """Arguments of bayes_linear."""
+        return (self.x, *self.weight, *self.bias, self.seed, self.weight_address, self.bias_address)
+
+    @property
+    def backward_input(self) -> tuple[Any, ...]:
+        """Arguments of bayes_linear_backward_input."""
+        return (self.grad_y, *self.weight[:2], self.seed, self.weight_address)
+
+    @property
+    def backward_weight(self) -> tuple[Any, ...]:
+        """Arguments of bayes_linear_backward_weight."""
+        return (self.grad_y, self.grad_kl, self.x, *self.weight, self.seed, self.weight_address)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Problem":
+        """The problem with `function` applied to each floating tensor."""
+
+        def apply(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(apply(item) for item in value)
+            return function(value) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+        return Problem(*(apply(value) for value in self))
+
+    def to(self, device: str) -> "Problem":
+        moved = self.map(lambda tensor: tensor.to(device))
+        return moved._replace(seed=self.seed.to(device))
+
+    def exact(self) -> "Problem":
+        """The same numbers on the CPU in float64, where the operators are PyTorch itself."""
+        return self.to("cpu").map(Tensor.double)
+
+
+def make_problem(
+    shape: tuple[int, int, int],
+    *,
+    dtype: torch.dtype = torch.float32,
+    parameter_dtype: torch.dtype = torch.float32,
+    prior: str = "mixed",
+    bias: bool = True,
+    weight_address: tuple[int, int, int, int] = (8, 0, 0, 0),
+    bias_address: tuple[int, int, int, int] = (9, 0, 0, 0),
+) -> Problem:
+    """Numbers of order one for (M, N, K) batch rows, outputs and inputs; sigma is about 0.15.
+
+    Args:
+        dtype: of x and grad_y.
+        parameter_dtype: of mu, rho and the priors.
+        prior: "none", "scalar", "per-weight", or "mixed": a scalar mean with a deviation for each weight.
+    """
+    M, N, K = shape
+    return Problem(
+        x=torch.randn(M, K, dtype=dtype),
+        weight=make_parameter((N, K), parameter_dtype, prior),
+        bias=make_parameter((N,), parameter_dtype, prior) if bias else (None,) * 4,
+        seed=torch.tensor(-(2**62) - 12345),
+        weight_address=weight_address,
+        bias_address=bias_address,
+        grad_y=torch.randn(M, N, dtype=dtype),
+        grad_kl=None
+        if prior == "none"
+        else torch.tensor(0.3, dtype=torch.promote_types(parameter_dtype, torch.float32)),
+    )
+
+
+def make_parameter(shape: tuple[int, ...], dtype: torch.dtype, prior: str) -> Parameter:
+    mean_shape = shape if prior == "per-weight" else ()
+    deviation_shape = () if prior == "scalar" else shape
+    mu, rho = torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype) - 2
+    if prior == "none":
+        return mu, rho, None, None
+    return mu, rho, torch.randn(mean_shape, dtype=dtype), 0.5 + torch.rand(deviation_shape, dtype=dtype)
+
+
+def assert_close(actual: Tensor, expected: Tensor, *, terms: int, operands: torch.dtype) -> None:
+    """Compares a sum of `terms` products with exact arithmetic.
+
+    Errors of the terms add up like a random walk, of which four deviations are allowed; the result is rounded once.
+    """
+    torch.testing.assert_close(
+        actual.cpu().double(),
+        expected.double(),
+        rtol=torch.finfo(actual.dtype).eps,
+        atol=4 * ERROR_OF_A_PRODUCT[operands] * max(terms, 1) ** 0.5,
+    )
+
+
+def assert_kl_close(actual: Tensor, expected: Tensor, *, weights: int) -> None:
+    """Compares a KL summed over `weights` in fp32 with exact arithmetic; errors add up like a random walk."""
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual.cpu().double(), expected, rtol=2.0**-22, atol=4 * ERROR_OF_A_KL * weights**0.5)
+
+
+def check_bayes_linear(problem: Problem, config: MatmulConfig | None, device: str) -> None:
+    """Compares y and KL of the launcher, run on `device`, with the operator in double precision."""
+    y, kl = kernels.bayes_linear(*problem.to(device).forward, config=config)
+    expected_y, expected_kl = torch.ops.fusedbayes.bayes_linear(*problem.exact().forward)
+    assert y.dtype == problem.x.dtype
+    # One more term for the bias.
+    assert_close(y, expected_y, terms=problem.x.shape[1] + 1, operands=y.dtype)
+    if problem.weight[2] is None:
+        assert kl.shape == (0,)
+    else:
+        assert_kl_close(kl, expected_kl, weights=expected_y.shape[1] * (problem.x.shape[1] + 1))
+
+
+def check_input_gradient(problem: Problem, config: MatmulConfig | None, device: str) -> None:
+    """Likewise dX."""
+    grad_x = kernels.bayes_linear_backward_input(*problem.to(device).backward_input, config=config)
+    expected = torch.ops.fusedbayes.bayes_linear_backward_input(*problem.exact().backward_input)
+    assert grad_x.dtype == problem.grad_y.dtype
+    assert_close(grad_x, expected, terms=problem.grad_y.shape[1], operands=grad_x.dtype)
+
+
+def check_weight_gradients(problem: Problem, config: MatmulConfig | None, device: str) -> None:
+    """Likewise dmu and drho."""
+    gradients = kernels.bayes_linear_backward_weight(*problem.to(device).backward_weight, config=config)
+    expected = torch.ops.fusedbayes.bayes_linear_backward_weight(*problem.exact().backward_weight)
+    for gradient, exact in zip(gradients, expected, strict=True):
+        assert gradient.dtype == problem.weight[0].dtype
+        # x and dY are given in their dtype and their products added in fp32: no 16-bit rounding on the way.
+        assert_close(gradient, exact, terms=problem.x.shape[0], operands=torch.float32)

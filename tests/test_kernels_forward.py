@@ -1,0 +1,123 @@
+"""Forward kernels, interpreted or compiled, against the operators in PyTorch at double precision."""
+
+import pytest
+import torch
+from problems import (
+    DTYPES,
+    EXTREME_RHO,
+    PRIORS,
+    assert_close,
+    assert_kl_close,
+    check_bayes_linear,
+    make_parameter,
+    make_problem,
+)
+
+from fusedbayes import kernels, reference
+from fusedbayes.kernels import MatmulConfig, TileConfig
+
+ops = torch.ops.fusedbayes
+
+# Small enough that (33, 37, 41) takes several tiles along every axis, with a ragged last one.
+TILE = TileConfig(block_n=16, block_k=16)
+SINGLE_PASS = MatmulConfig(16, 16, 16)
+SAMPLE_ONCE = MatmulConfig(16, 16, 16, single_pass=False)
+CONFIGS = pytest.mark.parametrize(
+    "config", [SINGLE_PASS, SAMPLE_ONCE, None], ids=["single-pass", "sample-once", "selected"]
+)
+
+
+@CONFIGS
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(33, 37, 41), (1, 5, 3), (16, 16, 16), (3, 1, 1), (0, 5, 3)], ids=str)
+def test_bayes_linear(
+    kernel_device: str, shape: tuple[int, int, int], dtype: torch.dtype, config: MatmulConfig | None
+) -> None:
+    check_bayes_linear(make_problem(shape, dtype=dtype), config, kernel_device)
+
+
+@pytest.mark.parametrize("config", [SINGLE_PASS, SAMPLE_ONCE], ids=["single-pass", "sample-once"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("prior", PRIORS)
+def test_priors_and_bias_of_bayes_linear(kernel_device: str, prior: str, bias: bool, config: MatmulConfig) -> None:
+    check_bayes_linear(make_problem((5, 18, 19), prior=prior, bias=bias), config, kernel_device)
+
+
+@CONFIGS
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_16_bit_parameters_of_bayes_linear(kernel_device: str, dtype: torch.dtype, config: MatmulConfig | None) -> None:
+    problem = make_problem((5, 18, 19), dtype=dtype, parameter_dtype=dtype, prior="per-weight")
+    check_bayes_linear(problem, config, kernel_device)
+
+
+@pytest.mark.parametrize("parameter_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sample_weight(kernel_device: str, dtype: torch.dtype, parameter_dtype: torch.dtype) -> None:
+    problem = make_problem((1, 37, 41), parameter_dtype=parameter_dtype)
+    seed, address = problem.seed, problem.weight_address
+    moved = problem.to(kernel_device)
+    weight, kl = kernels.sample_weight(*moved.weight, moved.seed, address, dtype, config=TILE)
+    expected, expected_kl = ops.sample_weight(*problem.exact().weight, seed, address, torch.float64)
+    assert weight.dtype == dtype
+    # However wide the sample is, it is rounded once: the noise's error is that of fp32.
+    assert_close(weight, expected, terms=1, operands=torch.float32)
+    assert_kl_close(kl, expected_kl, weights=37 * 41)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 300), (7, 1), (16, 16), (33, 2)], ids=str)
+@pytest.mark.parametrize("config", [TILE, None], ids=["small-tiles", "selected"])
+def test_shapes_of_sample_weight(kernel_device: str, shape: tuple[int, int], config: TileConfig | None) -> None:
+    problem = make_problem((1, *shape), prior="none")
+    moved = problem.to(kernel_device)
+    weight, kl = kernels.sample_weight(*moved.weight, moved.seed, (8, 0, 0, 0), torch.float32, config=config)
+    expected, _ = ops.sample_weight(*problem.exact().weight, problem.seed, (8, 0, 0, 0), torch.float64)
+    assert_close(weight, expected, terms=1, operands=torch.float32)
+    assert kl.shape == (0,)
+
+
+@pytest.mark.parametrize("column_offset", [0, 1])
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0)], ids=str)
+def test_no_weights(kernel_device: str, shape: tuple[int, int], column_offset: int) -> None:
+    address = (8, 0, 0, column_offset)
+    problem = make_problem((2, *shape), prior="scalar", weight_address=address)
+    moved = problem.to(kernel_device)
+    weight, kl = kernels.sample_weight(*moved.weight, moved.seed, address, torch.float32)
+    assert weight.shape == shape
+    assert kl == 0
+    assert kernels.weight_kl(*moved.weight) == 0
+    for config in (SINGLE_PASS, SAMPLE_ONCE):
+        check_bayes_linear(problem, config, kernel_device)
+
+
+@pytest.mark.parametrize("prior", PRIORS[1:])
+@pytest.mark.parametrize("config", [TILE, None], ids=["small-tiles", "selected"])
+def test_weight_kl(kernel_device: str, prior: str, config: TileConfig | None) -> None:
+    parameter = make_parameter((19, 37), torch.float32, prior)
+    kl = kernels.weight_kl(*(tensor.to(kernel_device) for tensor in parameter), config=config)
+    assert_kl_close(kl, ops.weight_kl(*(tensor.double() for tensor in parameter)), weights=19 * 37)
+
+
+def test_16_bit_parameters_have_their_kl_in_fp32(kernel_device: str) -> None:
+    for dtype in (torch.float16, torch.bfloat16):
+        parameter = make_parameter((19, 37), dtype, "per-weight")
+        kl = kernels.weight_kl(*(tensor.to(kernel_device) for tensor in parameter), config=TILE)
+        assert_kl_close(kl, ops.weight_kl(*(tensor.double() for tensor in parameter)), weights=19 * 37)
+
+
+@pytest.mark.parametrize("rho", EXTREME_RHO)
+def test_extreme_rho(kernel_device: str, rho: float) -> None:
+    parameter = torch.tensor([[0.5]]), torch.tensor([[rho]]), torch.tensor(0.0), torch.tensor(0.1)
+    moved = [tensor.to(kernel_device) for tensor in parameter]
+    seed, address = torch.tensor(1), (0, 0, 0, 0)
+    weight, kl = kernels.sample_weight(*moved, seed.to(kernel_device), address, torch.float32)
+    exact = [tensor.double() for tensor in parameter]
+    expected, expected_kl = ops.sample_weight(*exact, seed, address, torch.float64)
+    # The noise is right to 1e-5; mu + sigma eps is rounded once.
+    atol = 1e-5 * reference.sigma_from_rho(exact[1]).item()
+    torch.testing.assert_close(weight.cpu().double(), expected, rtol=2.0**-23, atol=atol)
+    # Terms of order 100: four roundings, and sigma's own error, which exp makes 88 times that of rho.
+    torch.testing.assert_close(kl.cpu().double(), expected_kl, rtol=2.0**-21, atol=100 * 2.0**-23)
+    linear_kl = kernels.bayes_linear(
+        torch.ones(1, 1, device=kernel_device), *moved, *(None,) * 4, seed.to(kernel_device), address, address
+    )[1]
+    torch.testing.assert_close(linear_kl.cpu().double(), expected_kl, rtol=2.0**-21, atol=100 * 2.0**-23)

@@ -1,0 +1,232 @@
+"""What kernels read and write: any layout, nothing out of bounds, the same weights in every tiling and shard."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from problems import (
+    Problem,
+    assert_close,
+    assert_kl_close,
+    check_bayes_linear,
+    check_input_gradient,
+    check_weight_gradients,
+    make_problem,
+)
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from fusedbayes import kernels
+from fusedbayes.kernels import MatmulConfig, TileConfig
+
+ops = torch.ops.fusedbayes
+
+SHAPE = (17, 19, 23)  # M, N, K: two tiles along every axis, the second ragged
+TILE = TileConfig(block_n=16, block_k=16)
+SINGLE_PASS = MatmulConfig(16, 16, 16)
+SAMPLE_ONCE = MatmulConfig(16, 16, 16, single_pass=False)
+
+# stream, sample, row_offset, column_offset: every column offset modulo 4, integers on both sides of 2^31 and the end.
+ADDRESSES = {
+    "small": (0, 0, 3, 1),
+    "across-int32": (1, 2**31, 2**31 - 9, 2**33 - 2),
+    "end": (2**32 - 1, 2**32 - 1, 2**32 - SHAPE[1], 2**34 - 1 - SHAPE[2]),
+    "column-3": (5, 3, 7, 3),
+}
+
+
+class Products(NamedTuple):
+    """What the launchers with a matrix product return for one problem."""
+
+    y: Tensor
+    kl: Tensor
+    grad_x: Tensor
+    grad_mu: Tensor
+    grad_rho: Tensor
+
+
+class Samples(NamedTuple):
+    """What the elementwise launchers return for one problem."""
+
+    weight: Tensor
+    kl: Tensor
+    kl_alone: Tensor
+    grad_mu: Tensor
+    grad_rho: Tensor
+
+
+def run_products(problem: Problem, config: MatmulConfig = SINGLE_PASS) -> Products:
+    return Products(
+        *kernels.bayes_linear(*problem.forward, config=config),
+        kernels.bayes_linear_backward_input(*problem.backward_input, config=config),
+        *kernels.bayes_linear_backward_weight(*problem.backward_weight, config=config),
+    )
+
+
+def run_samples(problem: Problem) -> Samples:
+    parameter, noise = problem.weight, (problem.seed, problem.weight_address)
+    grad_weight = (problem.x.t() @ problem.grad_y).t()  # not contiguous
+    return Samples(
+        *kernels.sample_weight(*parameter, *noise, torch.float32, config=TILE),
+        kernels.weight_kl(*parameter, config=TILE),
+        *kernels.sample_weight_backward(grad_weight, problem.grad_kl, *parameter, *noise, config=TILE),
+    )
+
+
+def check_all(problem: Problem, device: str) -> None:
+    """Compares every launcher with PyTorch in double precision."""
+    check_bayes_linear(problem, SINGLE_PASS, device)
+    check_input_gradient(problem, SINGLE_PASS, device)
+    check_weight_gradients(problem, SINGLE_PASS, device)
+    actual, exact, (N, K) = run_samples(problem.to(device)), problem.exact(), problem.weight[0].shape
+    weight, kl = ops.sample_weight(*exact.weight, exact.seed, problem.weight_address, torch.float64)
+    assert_close(actual.weight, weight, terms=1, operands=torch.float32)
+    assert_kl_close(actual.kl, kl, weights=N * K)
+    assert_kl_close(actual.kl_alone, kl, weights=N * K)
+    gradients = ops.bayes_linear_backward_weight(*exact.backward_weight)
+    for gradient, exact_gradient in zip((actual.grad_mu, actual.grad_rho), gradients, strict=True):
+        assert_close(gradient, exact_gradient, terms=problem.x.shape[0], operands=torch.float32)
+
+
+def transposed(tensor: Tensor) -> Tensor:
+    return tensor.t().contiguous().t()
+
+
+def strided(tensor: Tensor) -> Tensor:
+    rows, columns = tensor.shape
+    spread = torch.full((2 * rows, 3 * columns), math.nan, dtype=tensor.dtype, device=tensor.device)
+    spread[::2, 1::3] = tensor
+    return spread[::2, 1::3]
+
+
+def repeated_row(tensor: Tensor) -> Tensor:
+    return tensor[:1].expand(tensor.shape)
+
+
+def repeated_element(tensor: Tensor) -> Tensor:
+    return tensor[:1, :1].expand(tensor.shape)
+
+
+@pytest.mark.parametrize("layout", [transposed, strided, repeated_row, repeated_element])
+def test_layout_of_the_activations(kernel_device: str, layout: Callable[[Tensor], Tensor]) -> None:
+    problem = make_problem(SHAPE).to(kernel_device)
+    problem = problem._replace(x=layout(problem.x), grad_y=layout(problem.grad_y))
+    assert problem.x.stride() != (SHAPE[2], 1)
+    check_all(problem, kernel_device)
+
+
+@pytest.mark.parametrize("layout", [transposed, strided, repeated_row])
+def test_layout_of_the_parameters_and_priors(kernel_device: str, layout: Callable[[Tensor], Tensor]) -> None:
+    problem = make_problem(SHAPE, prior="per-weight").to(kernel_device)
+    weight = tuple(layout(tensor) for tensor in problem.weight)
+    check_all(problem._replace(weight=weight), kernel_device)
+
+
+@pytest.mark.parametrize("address", ADDRESSES.values(), ids=ADDRESSES.keys())
+def test_addresses(kernel_device: str, address: tuple[int, int, int, int]) -> None:
+    stream, sample, _, column_offset = address
+    bias_address = (stream ^ 1, sample, 0, column_offset)  # SHAPE has more inputs than outputs: it fits
+    check_all(make_problem(SHAPE, weight_address=address, bias_address=bias_address), kernel_device)
+
+
+class GuardedAllocations(TorchFunctionMode):
+    """Gives every `new_empty` a border on both sides, which `check` finds untouched or not."""
+
+    BORDER, SENTINEL = 512, 123.0  # wider than a row of SHAPE; a power of two keeps the pointer's alignment
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.buffers: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is not torch.Tensor.new_empty or result.numel() == 0:
+            return result
+        buffer, inner = bordered(result, self.BORDER, self.SENTINEL)
+        self.buffers.append(buffer)
+        return inner
+
+    def check(self) -> None:
+        assert self.buffers
+        for buffer in self.buffers:
+            assert (buffer[: self.BORDER] == self.SENTINEL).all()
+            assert (buffer[-self.BORDER :] == self.SENTINEL).all()
+
+
+def bordered(tensor: Tensor, border: int, value: float) -> tuple[Tensor, Tensor]:
+    """A buffer with a copy of `tensor` in the middle, and that copy."""
+    buffer = torch.full((tensor.numel() + 2 * border,), value, dtype=tensor.dtype, device=tensor.device)
+    inner = buffer[border : border + tensor.numel()].view(tensor.shape)
+    return buffer, inner.copy_(tensor)
+
+
+@pytest.mark.parametrize("column_offset", [0, 3])
+def test_nothing_out_of_bounds(kernel_device: str, column_offset: int) -> None:
+    """Writes would show in the border of an output; reads in a result, as NaN; and inputs stay as they were."""
+    problem = make_problem(SHAPE, weight_address=(8, 0, 0, column_offset)).to(kernel_device)
+    expected = (*run_products(problem), *run_samples(problem))
+    bordered_inputs = problem.map(lambda tensor: bordered(tensor, 512, math.nan)[1])
+    with GuardedAllocations() as guard:
+        results = (*run_products(bordered_inputs), *run_samples(bordered_inputs))
+    guard.check()
+    for result, whole in zip(results, expected, strict=True):
+        assert torch.equal(result, whole)
+    for tensor, before in zip(bordered_inputs.forward, problem.forward, strict=True):
+        assert not isinstance(tensor, Tensor) or torch.equal(tensor, before)
+
+
+@pytest.mark.parametrize("config", [SINGLE_PASS, SAMPLE_ONCE], ids=["single-pass", "sample-once"])
+def test_a_run_repeats_bit_for_bit(kernel_device: str, config: MatmulConfig) -> None:
+    problem = make_problem(SHAPE).to(kernel_device)
+    first, second = ((*run_products(problem, config), *run_samples(problem)) for _ in range(2))
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+def weights_multiplied(problem: Problem, config: MatmulConfig | None) -> tuple[Tensor, Tensor]:
+    """The weights that the forward and the backward kernel multiply by, shown by identity matrices."""
+    (N, K), device = problem.weight[0].shape, problem.x.device
+    forward = problem._replace(x=torch.eye(K, device=device), bias=(None,) * 4).forward
+    backward = problem._replace(grad_y=torch.eye(N, device=device)).backward_input
+    return (
+        kernels.bayes_linear(*forward, config=config)[0].t(),
+        kernels.bayes_linear_backward_input(*backward, config=config),
+    )
+
+
+@pytest.mark.parametrize("address", [(8, 0, 0, 0), (8, 2, 5, 3)], ids=["origin", "shard"])
+def test_weights_do_not_depend_on_the_configuration(kernel_device: str, address: tuple[int, int, int, int]) -> None:
+    problem = make_problem(SHAPE, prior="none", weight_address=address).to(kernel_device)
+    arguments = (*problem.weight, problem.seed, address, torch.float32)
+    tiles = (TileConfig(16, 16), TileConfig(1, 64), TileConfig(32, 4), None)
+    sampled, *others = (kernels.sample_weight(*arguments, config=tile)[0] for tile in tiles)
+    for other in others:
+        assert torch.equal(sampled, other)
+    for config in (MatmulConfig(16, 16, 16), MatmulConfig(32, 16, 64), MatmulConfig(16, 32, 32), SAMPLE_ONCE, None):
+        for weight in weights_multiplied(problem, config):
+            # Two kernels may or may not contract mu + sigma eps to one rounding.
+            torch.testing.assert_close(weight, sampled, rtol=2.0**-22, atol=2.0**-22)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [((0, 9), (0, 23)), ((9, 19), (5, 23)), ((3, 4), (1, 15))])
+def test_a_shard_is_its_part_of_the_whole(kernel_device: str, rows: tuple[int, int], columns: tuple[int, int]) -> None:
+    whole = make_problem(SHAPE, prior="per-weight", bias=False).to(kernel_device)
+    part = slice(*rows), slice(*columns)
+    shard = whole._replace(
+        x=whole.x[:, part[1]],
+        weight=tuple(tensor[part] for tensor in whole.weight),
+        weight_address=(8, 0, rows[0], columns[0]),
+        grad_y=whole.grad_y[:, part[0]],
+    )
+    for weight, all_weights in zip(
+        weights_multiplied(shard, SINGLE_PASS), weights_multiplied(whole, SINGLE_PASS), strict=True
+    ):
+        assert torch.equal(weight, all_weights[part])
+    assert torch.equal(run_samples(shard).weight, run_samples(whole).weight[part])
+    for run in (run_products, run_samples):
+        result, all_results = run(shard), run(whole)
+        for name in ("grad_mu", "grad_rho"):
+            # The same sums over the batch, perhaps in another order.
+            tolerance = {"rtol": 2.0**-22, "atol": 2.0**-22 * SHAPE[0] ** 0.5}
+            torch.testing.assert_close(getattr(result, name), getattr(all_results, name)[part], **tolerance)

@@ -1,0 +1,110 @@
+"""The noise's device functions: the words of `fusedbayes.noise`, and normals that no tiling changes."""
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fusedbayes import noise
+from fusedbayes.kernels import normal_tile, philox_words
+
+
+@triton.jit
+def _words_kernel(
+    words_ptr,  # (4, SIZE) int64
+    quads_ptr,  # (SIZE,) int64
+    rows_ptr,  # (SIZE,) int64
+    seed_ptr,  # () int64
+    sample,
+    stream,
+    SIZE: tl.constexpr,
+):
+    index = tl.arange(0, SIZE)
+    quads, rows = tl.load(quads_ptr + index), tl.load(rows_ptr + index)
+    x0, x1, x2, x3 = philox_words(tl.load(seed_ptr), quads, rows, sample, stream)
+    tl.store(words_ptr + index, x0.to(tl.int64))
+    tl.store(words_ptr + SIZE + index, x1.to(tl.int64))
+    tl.store(words_ptr + 2 * SIZE + index, x2.to(tl.int64))
+    tl.store(words_ptr + 3 * SIZE + index, x3.to(tl.int64))
+
+
+@triton.jit
+def _normal_kernel(
+    eps_ptr,  # (R, C) fp32 row-major
+    seed_ptr,  # () int64
+    R,
+    C,
+    row_offset,
+    quad_offset,
+    sample,
+    stream,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    local_rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    local_columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    quads = quad_offset + tl.program_id(1) * (BLOCK_C // 4) + tl.arange(0, BLOCK_C // 4)
+    eps = normal_tile(tl.load(seed_ptr), row_offset + local_rows, quads, sample, stream)
+    in_bounds = (local_rows[:, None] < R) & (local_columns[None, :] < C)
+    tl.store(eps_ptr + local_rows[:, None] * C + local_columns[None, :], eps, mask=in_bounds)
+
+
+def kernel_normal(
+    device: str,
+    seed: int,
+    rows: int,
+    columns: int,
+    *,
+    sample: int = 0,
+    stream: int = 0,
+    row_offset: int = 0,
+    quad_offset: int = 0,
+    block: tuple[int, int] = (8, 16),
+) -> Tensor:
+    eps = torch.empty(rows, columns, device=device)
+    grid = (triton.cdiv(rows, block[0]), triton.cdiv(columns, block[1]))
+    where = (row_offset, quad_offset, sample, stream)
+    _normal_kernel[grid](eps, noise.as_seed(seed, device), rows, columns, *where, *block)
+    return eps
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**32, 2**63 - 1, 2**63, 2**64 - 1])
+@pytest.mark.parametrize(
+    ("sample", "stream"),
+    [(0, 0), (1, 7), (2**31 - 1, 2**31), (2**32 - 1, 2**32 - 1)],
+    ids=["zero", "small", "int32", "end"],
+)
+def test_words_equal_pytorch_words(kernel_device: str, seed: int, sample: int, stream: int) -> None:
+    corners = torch.tensor([0, 1, 2**31 - 1, 2**31, 2**32 - 1])
+    quads, rows = torch.randint(0, 2**32, (2, 64))
+    quads[:5], rows[:5] = corners, corners.flip(0)
+    words = torch.empty(4, 64, dtype=torch.int64, device=kernel_device)
+    coordinates = quads.to(kernel_device), rows.to(kernel_device)
+    _words_kernel[(1,)](words, *coordinates, noise.as_seed(seed, kernel_device), sample, stream, SIZE=64)
+    assert torch.equal(words.cpu(), torch.stack(noise.philox_words(seed, quads, rows, sample, stream)))
+
+
+@pytest.mark.parametrize(
+    ("row_offset", "quad_offset"),
+    [(0, 0), (2**31 - 5, 2**31 - 2), (2**32 - 33, 2**32 - 11)],
+    ids=["origin", "across-int32", "end"],
+)
+def test_normals_equal_pytorch_normals(kernel_device: str, row_offset: int, quad_offset: int) -> None:
+    where = {"sample": 3, "stream": 2**31 + 1, "row_offset": row_offset}
+    eps = kernel_normal(kernel_device, 12345678901234, 33, 41, **where, quad_offset=quad_offset)
+    expected = noise.normal(12345678901234, 33, 41, **where, column_offset=4 * quad_offset)
+    torch.testing.assert_close(eps.cpu(), expected, rtol=0, atol=1e-5)  # the contract's bound
+
+
+def test_normals_do_not_depend_on_the_tile(kernel_device: str) -> None:
+    blocks = [(2, 4), (1, 64), (16, 16), (32, 8)]
+    first, *others = (kernel_normal(kernel_device, 4, 11, 37, stream=1, block=block) for block in blocks)
+    for other in others:
+        assert torch.equal(first, other)
+
+
+def test_normals_of_a_shard_are_its_part_of_the_whole(kernel_device: str) -> None:
+    whole = kernel_normal(kernel_device, 4, 19, 52)
+    shard = kernel_normal(kernel_device, 4, 12, 32, row_offset=7, quad_offset=5)
+    assert torch.equal(shard, whole[7:, 20:])

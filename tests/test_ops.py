@@ -1,0 +1,208 @@
+"""The operators: registered as torch.library asks, with the gradients that autograd derives from the reference."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from problems import PRIORS, Parameter, Problem, make_problem
+from torch import Tensor
+
+from fusedbayes import functional, reference
+from fusedbayes.noise import Address, draw_seed
+from fusedbayes.reference import GaussianParameter
+
+ops = torch.ops.fusedbayes
+
+# The arguments of each operator for a problem; what follows a colon tells the calls of one operator apart.
+DIFFERENTIABLE: dict[str, Callable[[Problem], Sequence[Any]]] = {
+    "sample_weight": lambda p: (*p.weight, p.seed, p.weight_address, p.x.dtype),
+    "weight_kl": lambda p: p.weight,
+    "bayes_linear": lambda p: p.forward,
+}
+BACKWARD: dict[str, Callable[[Problem], Sequence[Any]]] = {
+    "sample_weight_backward:both": lambda p: (p.weight[0], p.grad_kl, *p.weight, p.seed, p.weight_address),
+    "sample_weight_backward:weight": lambda p: (p.weight[0], None, *p.weight, p.seed, p.weight_address),
+    "sample_weight_backward:kl": lambda p: (None, p.grad_kl, *p.weight, None, p.weight_address),
+    "bayes_linear_backward_input": lambda p: p.backward_input,
+    "bayes_linear_backward_weight": lambda p: p.backward_weight,
+}
+OPERATORS = DIFFERENTIABLE | BACKWARD
+
+
+def double_problem(shape: tuple[int, int, int] = (3, 5, 7), **options: Any) -> Problem:
+    return make_problem(shape, dtype=torch.float64, parameter_dtype=torch.float64, **options)
+
+
+def leaves(problem: Problem, names: Sequence[str]) -> dict[str, Tensor]:
+    """Makes the named inputs of `problem` require grad: of x, weight_mu, weight_rho, bias_mu and bias_rho."""
+    inputs = {"x": problem.x, "weight_mu": problem.weight[0], "weight_rho": problem.weight[1]}
+    inputs |= {"bias_mu": problem.bias[0], "bias_rho": problem.bias[1]}
+    return {name: tensor.requires_grad_() for name, tensor in inputs.items() if name in names and tensor is not None}
+
+
+ALL_INPUTS = ("x", "weight_mu", "weight_rho", "bias_mu", "bias_rho")
+
+
+def test_every_operator_is_tested() -> None:
+    names = torch._C._dispatch_get_all_op_names()
+    registered = {name.removeprefix("fusedbayes::") for name in names if name.startswith("fusedbayes::")}
+    assert registered == {name.split(":")[0] for name in OPERATORS}
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("layout", ["dense", "permuted"])
+@pytest.mark.parametrize(
+    ("name", "prior", "bias"),
+    [
+        *((name, prior, True) for name in OPERATORS for prior in PRIORS if (name, prior) != ("weight_kl", "none")),
+        *(("bayes_linear", prior, False) for prior in PRIORS),
+    ],
+)
+def test_opcheck(name: str, prior: str, bias: bool, layout: str, device: str) -> None:
+    problem = make_problem((3, 5, 7), prior=prior, bias=bias).to(device)
+    if layout == "permuted":
+        problem = problem.map(lambda tensor: tensor.t().contiguous().t() if tensor.dim() == 2 else tensor)
+    if name in DIFFERENTIABLE:
+        leaves(problem, ALL_INPUTS)
+    torch.library.opcheck(getattr(ops, name.split(":")[0]).default, OPERATORS[name](problem))
+
+
+def reference_kl(*parameters: Parameter) -> Tensor:
+    given = [parameter for parameter in parameters if parameter[0] is not None]
+    return sum(reference.weight_kl(GaussianParameter(*parameter)) for parameter in given)
+
+
+def reference_results(problem: Problem) -> tuple[Tensor, Tensor | None]:
+    addresses = Address(*problem.weight_address), Address(*problem.bias_address)
+    y = reference.bayes_linear(problem.x, *problem.weight[:2], *problem.bias[:2], problem.seed, *addresses)
+    return y, None if problem.grad_kl is None else reference_kl(problem.weight, problem.bias)
+
+
+def check_gradients(problem: Problem, used: str, needed: Sequence[str]) -> None:
+    """Compares values and gradients of the operator with the reference's, of a loss that uses y, the KL or both."""
+    inputs = leaves(problem, needed)
+
+    def run(y: Tensor, kl: Tensor | None) -> list[Tensor | None]:
+        loss = (y * problem.grad_y).sum() if used == "y" else kl * problem.grad_kl
+        if used == "both":
+            loss = loss + (y * problem.grad_y).sum()
+        gradients = torch.autograd.grad(loss, list(inputs.values()), allow_unused=True)
+        return [loss.detach(), *gradients]
+
+    expected = run(*reference_results(problem))
+    for name, actual, exact in zip(("loss", *inputs), run(*ops.bayes_linear(*problem.forward)), expected, strict=True):
+        # Sums of at most 40 terms of order ten in double precision.
+        torch.testing.assert_close(actual, exact, rtol=1e-13, atol=1e-13, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 7), (0, 5, 3), (1, 1, 1)], ids=str)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize(
+    ("prior", "used"), [("none", "y"), *((prior, used) for prior in PRIORS[1:] for used in ("y", "kl", "both"))]
+)
+def test_gradients_are_those_of_the_reference(prior: str, used: str, bias: bool, shape: tuple[int, int, int]) -> None:
+    addresses = {"weight_address": (8, 1, 2, 3), "bias_address": (9, 1, 0, 2)}
+    needed = ALL_INPUTS[1:] if used == "kl" else ALL_INPUTS
+    check_gradients(double_problem(shape, prior=prior, bias=bias, **addresses), used, needed)
+
+
+@pytest.mark.parametrize(
+    "needed",
+    [("x",), ("weight_mu",), ("weight_rho",), ("bias_mu",), ("bias_rho",), ALL_INPUTS[1:], ALL_INPUTS[:3]],
+    ids=lambda names: "+".join(names),
+)
+def test_gradients_of_some_inputs_only(needed: tuple[str, ...]) -> None:
+    check_gradients(double_problem(), "both", needed)
+
+
+@pytest.mark.parametrize("used", ["weight", "kl", "both"])
+@pytest.mark.parametrize("prior", PRIORS[1:])
+def test_gradients_of_sample_weight_are_those_of_the_reference(prior: str, used: str) -> None:
+    problem = double_problem(prior=prior)
+    mu, rho = leaves(problem, ("weight_mu", "weight_rho")).values()
+    cotangent = torch.randn_like(mu)
+
+    def run(weight: Tensor, kl: Tensor) -> list[Tensor]:
+        losses = {"weight": (weight * cotangent).sum(), "kl": 0.3 * kl}
+        loss = sum(losses.values()) if used == "both" else losses[used]
+        return [loss.detach(), *torch.autograd.grad(loss, (mu, rho))]
+
+    weight = reference.sample_weight(mu, rho, problem.seed, Address(*problem.weight_address))
+    expected = run(weight, reference_kl(problem.weight))
+    actual = run(*ops.sample_weight(*problem.weight, problem.seed, problem.weight_address, torch.float64))
+    torch.testing.assert_close(actual, expected, rtol=1e-13, atol=1e-13)
+    if used == "kl":
+        torch.testing.assert_close(run(weight, ops.weight_kl(*problem.weight)), expected, rtol=1e-13, atol=1e-13)
+
+
+def test_without_a_prior_there_is_no_kl() -> None:
+    problem = double_problem(prior="none")
+    leaves(problem, ALL_INPUTS)
+    for name in ("sample_weight", "bayes_linear"):
+        result, kl = getattr(ops, name)(*OPERATORS[name](problem))
+        assert result.requires_grad
+        assert kl.shape == (0,)
+        assert not kl.requires_grad
+
+
+@pytest.mark.parametrize("leading", [(6,), (2, 3)], ids=str)
+def test_backward_keeps_nothing_but_its_inputs_and_the_seed(leading: tuple[int, ...]) -> None:
+    problem = make_problem((6, 33, 65), prior="per-weight")
+    inputs = leaves(problem, ALL_INPUTS)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        y, kl = functional.bayes_linear(
+            problem.x.view(*leading, 65),
+            *problem.weight[:2],
+            *problem.bias[:2],
+            weight_prior=problem.weight[2:],
+            bias_prior=problem.bias[2:],
+        )
+    existing = {tensor.untyped_storage().data_ptr() for tensor in (*inputs.values(), *problem.weight, *problem.bias)}
+    new = [tensor for tensor in kept if tensor.untyped_storage().data_ptr() not in existing]
+    assert [(tensor.shape, tensor.dtype) for tensor in new] == [((), torch.int64)]
+    assert sum(tensor.untyped_storage().nbytes() for tensor in new) == 8
+    # Nor does a node of the graph hold a tensor by another road.
+    nodes = [y.grad_fn, kl.grad_fn, *(node for node, _ in y.grad_fn.next_functions)]
+    assert not any(isinstance(value, Tensor) for node in nodes for value in getattr(node, "__dict__", {}).values())
+    torch.autograd.backward([y.sum(), kl])  # and that is enough for it
+
+
+@pytest.mark.parametrize("power", [1, 2], ids=["linear", "quadratic"])
+@pytest.mark.parametrize("needed", [ALL_INPUTS, ("x",), ("weight_mu",), ("weight_rho", "bias_rho")], ids="+".join)
+@pytest.mark.parametrize("used", ["y", "kl", "both"])
+def test_second_derivatives_are_those_of_the_reference(used: str, needed: tuple[str, ...], power: int) -> None:
+    """Even a loss that is linear in the results has them: a gradient penalty must not be lost."""
+    problem = double_problem()
+    inputs = leaves(problem, needed)
+    others = sum(tensor.sum() for tensor in inputs.values())  # so that no input is unused
+
+    def run(y: Tensor, kl: Tensor) -> list[Tensor | None]:
+        losses = {"y": (y * problem.grad_y).sum(), "kl": kl}
+        loss = others + (sum(losses.values()) if used == "both" else losses[used])
+        gradients = torch.autograd.grad(loss**power, list(inputs.values()), create_graph=True)
+        penalty = others + sum(gradient.square().sum() for gradient in gradients)
+        return [penalty.detach(), *torch.autograd.grad(penalty, list(inputs.values()))]
+
+    expected = run(*reference_results(problem))
+    # Numbers of up to 1e6, sums of 40 terms.
+    torch.testing.assert_close(run(*ops.bayes_linear(*problem.forward)), expected, rtol=1e-12, atol=1e-9)
+
+
+def test_two_forwards_before_one_backward_have_their_own_noise() -> None:
+    problem = double_problem()
+    inputs = leaves(problem, ALL_INPUTS)
+    parameters = problem.weight[:2] + problem.bias[:2]
+    cotangents = torch.randn(2, *problem.grad_y.shape, dtype=torch.float64)
+    torch.manual_seed(3)
+    outputs = [functional.bayes_linear(problem.x, *parameters)[0] for _ in cotangents]
+    torch.manual_seed(3)
+    expected = [reference.bayes_linear(problem.x, *parameters, draw_seed()) for _ in cotangents]
+    assert not torch.allclose(*outputs)
+    for cotangent in (cotangents, cotangents.flip(0)):
+        actual, exact = (
+            torch.autograd.grad(torch.stack(ys), list(inputs.values()), cotangent, retain_graph=True)
+            for ys in (outputs, expected)
+        )
+        torch.testing.assert_close(actual, exact, rtol=1e-13, atol=1e-13)
