@@ -1,15 +1,18 @@
 """Turning a deterministic network into a Bayesian one, and back."""
 
 import fnmatch
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from fusedbayes import reference
 from fusedbayes.functional import check_number
 from fusedbayes.nn.linear import BayesLinear
+from fusedbayes.nn.module import BayesModule, check_module, variational_parameters
 
 Where = Callable[[str, nn.Module], bool] | str | type[nn.Module] | Iterable[str | type[nn.Module]]
 
@@ -65,9 +68,11 @@ def to_bayesian(
         raise ValueError("init='moped' sets prior_mu and sigma from the weights: leave prior_mu and sigma_init out")
     options = {"prior_mu": prior_mu, "prior_sigma": prior_sigma, "sigma_init": sigma_init, "estimator": estimator}
     # Everything that can fail happens before the first replacement.
-    sources: dict[int, tuple[BayesLinear, str]] = {}
+    sources = _random_tensors(model)
     replacements: dict[nn.Module, nn.Module] = {}
     for linear in _select(model, nn.Linear, where):
+        if init == "moped" and linear.weight.is_meta:
+            raise ValueError("init='moped' needs the values of the weights, but some are on the meta device")
         replacements[linear] = _bayesian_linear(linear, options, delta if init == "moped" else None, sources)
     return _replace(model, replacements)
 
@@ -92,17 +97,25 @@ def to_deterministic(model: nn.Module) -> nn.Module:
 
 def _select(model: nn.Module, kind: type[nn.Module], where: Where | None) -> list[Any]:
     """The modules of exactly the class `kind` that `where` picks; ValueError unless each can be converted."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
     picks = _predicate(where)
-    candidates = {name: module for name, module in model.named_modules() if type(module) in (kind, nn.LazyLinear)}
+    # Under each of its names: `where` may pick a shared module by any.
+    named = model.named_modules(remove_duplicate=False)
+    candidates = {name: module for name, module in named if _is_plain(module, kind)}
     chosen = {name: module for name, module in candidates.items() if picks(name, module)}
     for name, module in chosen.items():
         _check_convertible(name, module)
     if not chosen:
         names = ", ".join(map(repr, candidates)) or "none"
         raise ValueError(f"where={where!r} picks no {kind.__name__} to convert; the model has: {names}")
-    return list(chosen.values())
+    return list(dict.fromkeys(chosen.values()))
+
+
+def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether `module` is of the class `kind`; an nn.Linear may be lazy or parametrized, which is refused later."""
+    if kind is nn.Linear and (isinstance(module, nn.LazyLinear) or parametrize.is_parametrized(module)):
+        return isinstance(module, nn.LazyLinear) or type(module).__bases__ == (nn.Linear,)
+    return type(module) is kind
 
 
 def _check_convertible(name: str, module: nn.Module) -> None:
@@ -110,7 +123,7 @@ def _check_convertible(name: str, module: nn.Module) -> None:
         raise ValueError(f"{name!r} is an nn.LazyLinear without weights yet: run one forward before converting")
     if "forward" in vars(module):
         raise ValueError(f"{name!r} has a forward of its own, which a converted layer would not compute")
-    if type(module) is nn.Linear and (module._parameters.keys() != {"weight", "bias"} or module._buffers):
+    if isinstance(module, nn.Linear) and (module._parameters.keys() != {"weight", "bias"} or module._buffers):
         # torch.nn.utils.weight_norm and pruning compute the weight from other tensors, in a hook.
         held = sorted([*module._parameters, *module._buffers])
         raise ValueError(f"{name!r} must hold a weight and a bias, got {held}: remove reparametrisations first")
@@ -136,8 +149,13 @@ def _predicate(where: Where | None) -> Callable[[str, nn.Module], bool]:
     )
 
 
+def _random_tensors(model: nn.Module) -> dict[int, tuple[BayesModule, str]]:
+    """The layers that an earlier conversion made random, by their means: a tied layer converted later joins them."""
+    return {id(p.value.mu): (p.layer, p.name) for p in variational_parameters(model)}
+
+
 def _bayesian_linear(
-    linear: nn.Linear, options: dict[str, Any], delta: float | None, sources: dict[int, tuple[BayesLinear, str]]
+    linear: nn.Linear, options: dict[str, Any], delta: float | None, sources: dict[int, tuple[BayesModule, str]]
 ) -> BayesLinear:
     """The layer that takes `linear`'s place; `sources` finds the random tensor that was made of a mean before."""
     # On the meta device: the means are there already, the rest is filled in below.
@@ -173,7 +191,7 @@ def _take_over(new: nn.Module, old: nn.Module) -> None:
 
     The hooks' own dictionaries move, so that their handles still remove them.
     """
-    computed = {"_parameters", "_buffers", "_modules", "_compiled_call_impl", *_constructed(type(old))}
+    computed = {"_parameters", "_buffers", "_compiled_call_impl", *_constructed(type(old))}
     vars(new).update({key: value for key, value in vars(old).items() if key not in computed})
 
 
@@ -187,6 +205,12 @@ def _replace(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.M
         for name, child in parent._modules.items():
             if child in replacements:
                 parent._modules[name] = replacements[child]
+    for old, new in replacements.items():
+        hook: Any
+        for hook in new._load_state_dict_pre_hooks.values():
+            # These hooks know the module by a weak reference.
+            if getattr(hook, "with_module", False) and hook.module() is old:
+                hook.module = weakref.ref(new)
     model = replacements.get(model, model)
     for module in model.modules():
         for kind, (attribute, off) in _SHORTCUTS.items():

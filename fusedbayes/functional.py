@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fusedbayes import ops, reference
-from fusedbayes.noise import Address, Role, as_seed, check_coordinates, draw_seed
+from fusedbayes.noise import Address, Role, as_sample, as_seed, check_coordinates, draw_seed
 
 Prior = tuple[float | Tensor, float | Tensor]
 
@@ -94,6 +94,7 @@ def sample_weight(
     *,
     prior: Prior | None = None,
     seed: int | Tensor | None = None,
+    sample: int | Tensor | None = None,
     address: Address = Address(Role.WEIGHT),
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None]:
@@ -107,7 +108,8 @@ def sample_weight(
         prior: None (default: no KL is computed) or (prior_mu, prior_sigma), each a number or a tensor, 0-d or of mu's
             shape; prior_sigma > 0.
         seed: an int or a 0-d int64 tensor; default a fresh one from torch's generator.
-        address: stream, sample and shard offsets of the noise.
+        sample: index of the Monte Carlo sample, an int in [0, 2**32) or a 0-d int64 tensor; default 0.
+        address: stream and shard offsets of the noise.
         dtype: of the sample; default mu's. Arithmetic is float32 (float64 for float64 parameters) in any case.
 
     Returns:
@@ -119,10 +121,12 @@ def sample_weight(
     """
     _check_parameter(mu, rho, "")
     check_coordinates(*reference.matrix_shape(mu), **address._asdict())
-    seed = draw_seed(mu.device) if seed is None else as_seed(seed, mu.device)
     priors = () if prior is None else _fused_prior(mu, prior, "")
     mu_2d, rho_2d, *priors_2d = (_matrix(t) for t in (mu, rho, *priors))
-    weight, kl = ops.sample_weight(mu_2d, rho_2d, *(priors_2d or (None, None)), seed, address, dtype or mu.dtype)
+    noise = (*_seed_and_sample(seed, sample, mu.device), address)
+    weight, kl = ops.sample_weight(
+        mu_2d, rho_2d, *(priors_2d or (None, None)), *noise, dtype or mu.dtype, prior is not None
+    )
     return weight.view(mu.shape), None if prior is None else kl
 
 
@@ -135,7 +139,9 @@ def bayes_linear(
     *,
     weight_prior: Prior | None = None,
     bias_prior: Prior | None = None,
+    with_kl: bool = True,
     seed: int | Tensor | None = None,
+    sample: int | Tensor | None = None,
     weight_address: Address = Address(Role.WEIGHT),
     bias_address: Address = Address(Role.BIAS),
 ) -> tuple[Tensor, Tensor | None]:
@@ -152,19 +158,21 @@ def bayes_linear(
         weight_prior: None (default: no KL is computed) or (prior_mu, prior_sigma), each a number or a tensor that
             broadcasts to the weight's shape; prior_sigma > 0, neither requiring grad.
         bias_prior: likewise for the bias; given if and only if there is a bias and a `weight_prior`.
+        with_kl: False leaves the KL out although there is a prior (default True).
         seed: an int or a 0-d int64 tensor; default a fresh one from torch's generator.
-        weight_address, bias_address: stream, sample and shard offsets of the noise.
+        sample: index of the Monte Carlo sample, an int in [0, 2**32) or a 0-d int64 tensor; default 0.
+        weight_address, bias_address: stream and shard offsets of the noise.
 
     Returns:
         (y, kl): y of shape (..., out_features) and x's dtype; kl, the sum over weight and bias, 0-d float32 (float64
-        for float64 parameters), or None without a prior.
+        for float64 parameters), or None if it is not computed.
 
     Raises:
         TypeError: an argument is not of a type given above, or dtypes differ.
         ValueError: shapes or devices do not fit, prior_sigma as a number is not positive, or an address is out of
             range.
     """
-    x = _check_linear(x, weight_mu, weight_rho, bias_mu, bias_rho)
+    x = check_linear(x, weight_mu, weight_rho, bias_mu, bias_rho)
     if weight_prior is not None and (bias_prior is None) != (bias_mu is None):
         raise ValueError("bias_prior must be given exactly when there is a bias and a weight_prior")
     if weight_prior is None and bias_prior is not None:
@@ -172,15 +180,23 @@ def bayes_linear(
     check_coordinates(*weight_mu.shape, **weight_address._asdict())
     if bias_mu is not None:
         check_coordinates(1, bias_mu.numel(), **bias_address._asdict())
-    seed = draw_seed(x.device) if seed is None else as_seed(seed, x.device)
     weight_priors = (None, None) if weight_prior is None else _fused_prior(weight_mu, weight_prior, "weight_")
     bias_priors: tuple[Tensor | None, Tensor | None] = (None, None)
     if bias_mu is not None and bias_prior is not None:
         bias_priors = _fused_prior(bias_mu, bias_prior, "bias_")
     weight, bias = (weight_mu, weight_rho, *weight_priors), (bias_mu, bias_rho, *bias_priors)
-    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    y, kl = ops.bayes_linear(flat, *weight, *bias, seed, weight_address, bias_address)
-    return y.view(*x.shape[:-1], weight_mu.shape[0]), None if weight_prior is None else kl
+    with_kl = with_kl and weight_prior is not None
+    noise = (*_seed_and_sample(seed, sample, x.device), weight_address, bias_address)
+    y, kl = ops.bayes_linear(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), *weight, *bias, *noise, with_kl)
+    return y.view(*x.shape[:-1], weight_mu.shape[0]), kl if with_kl else None
+
+
+def _seed_and_sample(
+    seed: int | Tensor | None, sample: int | Tensor | None, device: torch.device
+) -> tuple[Tensor, Tensor | None]:
+    """Seed and sample as the operators take them. The last thing to do: a call that raises has drawn no seed."""
+    sample = None if sample is None else as_sample(sample, device)
+    return draw_seed(device) if seed is None else as_seed(seed, device), sample
 
 
 def _describe(value: object) -> str:
@@ -262,7 +278,7 @@ def _check_parameter(mu: Tensor, rho: Tensor, prefix: str) -> None:
         raise ValueError(f"{prefix}rho must be on the device of {prefix}mu, {mu.device}, got {rho.device}")
 
 
-def _check_linear(
+def check_linear(
     x: Tensor, weight_mu: Tensor, weight_rho: Tensor, bias_mu: Tensor | None, bias_rho: Tensor | None
 ) -> Tensor:
     """Validates the tensors of `bayes_linear`; returns x, cast as autocast asks."""

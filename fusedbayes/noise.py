@@ -44,12 +44,10 @@ class Address(NamedTuple):
 
     Attributes:
         stream: which tensor of which layer, in [0, 2**32); see `Role`.
-        sample: index of the Monte Carlo sample, in [0, 2**32).
         row_offset, column_offset: where a shard begins in the whole tensor seen as two-dimensional.
     """
 
     stream: int = 0
-    sample: int = 0
     row_offset: int = 0
     column_offset: int = 0
 
@@ -79,35 +77,47 @@ def as_seed(seed: int | Tensor, device: torch.device | str | None = None) -> Ten
         TypeError: `seed` is neither an integer nor an int64 tensor.
         ValueError: an integer that does not fit 64 bits, or a tensor that is not 0-d.
     """
-    if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64:
-            raise TypeError(f"seed must be an int64 tensor or an int, got a tensor of dtype {seed.dtype}")
-        if seed.dim() != 0:
-            raise ValueError(f"seed must be a 0-d tensor, got shape {tuple(seed.shape)}")
-        return seed if device is None else seed.to(device)
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed must be an int or a 0-d int64 tensor, got {type(seed).__name__}")
-    if not -(2**63) <= seed < 2**64:
-        raise ValueError(f"seed must lie in [-2**63, 2**64), got {seed}")
-    return torch.tensor(seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device=device)
+    return _as_int64(seed, "seed", -(2**63), 2**64, device)
 
 
-def philox_words(seed: int | Tensor, quads: Tensor, rows: Tensor, sample: int, stream: int) -> tuple[Tensor, ...]:
+def as_sample(sample: int | Tensor, device: torch.device | str | None = None) -> Tensor:
+    """Makes the tensor that holds the index of a Monte Carlo sample; like `as_seed`, for integers in [0, 2**32)."""
+    return _as_int64(sample, "sample", 0, 2**32, device)
+
+
+def _as_int64(value: int | Tensor, name: str, low: int, end: int, device: torch.device | str | None) -> Tensor:
+    if isinstance(value, Tensor):
+        if value.dtype != torch.int64:
+            raise TypeError(f"{name} must be an int or an int64 tensor, got a tensor of dtype {value.dtype}")
+        if value.dim() != 0:
+            raise ValueError(f"{name} must be a 0-d tensor, got shape {tuple(value.shape)}")
+        return value if device is None else value.to(device)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int or a 0-d int64 tensor, got {type(value).__name__}")
+    if not low <= value < end:
+        raise ValueError(f"{name} must lie in [{low}, {end}), got {value}")
+    # Filled on the device: a copy from the host would wait for it.
+    return torch.full((), value - 2**64 if value >= 2**63 else value, dtype=torch.int64, device=device)
+
+
+def philox_words(
+    seed: int | Tensor, quads: Tensor, rows: Tensor, sample: int | Tensor, stream: int
+) -> tuple[Tensor, ...]:
     """Philox4x32-7 at counters ``(quads, rows, sample, stream)``.
 
     Args:
         seed: 64-bit key, an int or a 0-d int64 tensor.
         quads, rows: int64 tensors with values in [0, 2**32), broadcast against each other.
-        sample, stream: integers in [0, 2**32).
+        sample, stream: integers in [0, 2**32); sample may be a 0-d int64 tensor.
 
     Returns:
         Four int64 tensors of the broadcast shape with values in [0, 2**32).
     """
-    outer, inner = _philox(as_seed(seed, quads.device), quads, rows, sample, stream)
+    outer, inner = _philox(as_seed(seed, quads.device), quads, rows, as_sample(sample, quads.device), stream)
     return outer[0], inner[0], outer[1], inner[1]
 
 
-def _philox(seed: Tensor, quads: Tensor, rows: Tensor, sample: int, stream: int) -> tuple[Tensor, Tensor]:
+def _philox(seed: Tensor, quads: Tensor, rows: Tensor, sample: Tensor, stream: int) -> tuple[Tensor, Tensor]:
     """The words as (x0, x2) and (x1, x3), stacked: both halves of a round in one operation, which small blocks need."""
     shape = torch.broadcast_shapes(quads.shape, rows.shape)
     outer, inner = quads.new_empty(2, *shape), quads.new_empty(2, *shape)
@@ -139,7 +149,7 @@ def normal(
     rows: int,
     columns: int,
     *,
-    sample: int = 0,
+    sample: int | Tensor = 0,
     stream: int = 0,
     row_offset: int = 0,
     column_offset: int = 0,
@@ -154,7 +164,8 @@ def normal(
     Args:
         seed: an int, or a 0-d int64 tensor.
         rows, columns: size of the block, 0 or more.
-        sample: index of the Monte Carlo sample, in [0, 2**32).
+        sample: index of the Monte Carlo sample, in [0, 2**32), an int or a 0-d int64 tensor (whose value is not
+            checked).
         stream: which tensor of which layer the noise is for, in [0, 2**32).
         row_offset, column_offset: where the block begins; rows stay below 2**32, columns below 2**34.
         dtype: float32 (default) or float64; both round the same uniforms and agree to 1e-5.
@@ -169,8 +180,9 @@ def normal(
     """
     if dtype not in (torch.float32, torch.float64):
         raise TypeError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
-    check_coordinates(rows, columns, sample=sample, stream=stream, row_offset=row_offset, column_offset=column_offset)
+    check_coordinates(rows, columns, stream=stream, row_offset=row_offset, column_offset=column_offset)
     seed = as_seed(seed, device)
+    sample = as_sample(sample, seed.device)
     first_quad, end_quad = column_offset // 4, -(-(column_offset + columns) // 4)
     quads = torch.arange(first_quad, end_quad, device=seed.device)[None, :]
     eps = torch.empty(rows, end_quad - first_quad, 4, dtype=dtype, device=seed.device)
@@ -189,13 +201,12 @@ def check_coordinates(
     rows: int,
     columns: int,
     *,
-    sample: int = 0,
     stream: int = 0,
     row_offset: int = 0,
     column_offset: int = 0,
 ) -> None:
     """Raises TypeError or ValueError unless the block lies inside the noise's address space (see `normal`)."""
-    values = {"rows": rows, "columns": columns, "sample": sample, "stream": stream}
+    values = {"rows": rows, "columns": columns, "stream": stream}
     values |= {"row_offset": row_offset, "column_offset": column_offset}
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
@@ -203,7 +214,6 @@ def check_coordinates(
         if value < 0:
             raise ValueError(f"{name} must not be negative, got {value}")
     for name, value, limit in (
-        ("sample", sample, 32),
         ("stream", stream, 32),
         ("row_offset + rows", row_offset + rows - 1, 32),
         ("column_offset + columns", column_offset + columns - 1, 34),

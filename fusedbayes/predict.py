@@ -19,7 +19,7 @@ from fusedbayes.nn.module import (
     bayes_modules,
     variational_parameters,
 )
-from fusedbayes.noise import Address, Role, as_seed, check_coordinates, draw_seed
+from fusedbayes.noise import Address, Role, as_sample, as_seed, draw_seed
 
 _ROLES = {"weight": Role.WEIGHT, "bias": Role.BIAS}
 # Layers are numbered below 2^28, so that a stream, 8 * layer + role, is a non-negative int32.
@@ -114,7 +114,8 @@ class Prediction:
         """
         if not isinstance(noise_sigma, Tensor) and check_number(noise_sigma, "noise_sigma") < 0.0:
             raise ValueError(f"noise_sigma must not be negative, got {noise_sigma}")
-        return torch.hypot(self.epistemic_std, torch.as_tensor(noise_sigma).to(self.epistemic_std))
+        spread = self.epistemic_std
+        return torch.hypot(spread, torch.as_tensor(noise_sigma, dtype=spread.dtype, device=spread.device))
 
     def __repr__(self) -> str:
         return f"Prediction(outputs={tuple(self.outputs.shape)} {self.outputs.dtype}, class_dim={self.class_dim})"
@@ -149,6 +150,7 @@ def predict(
         ValueError: num_samples is below 1, or the model has no Bayesian layer.
     """
     check_count(num_samples, "num_samples")
+    _number_layers(model)
     seed = draw_seed() if seed is None else as_seed(seed)
     was_training = [(module, module.training) for module in model.modules()]
     outputs: list[Tensor] = []
@@ -167,7 +169,7 @@ def predict(
 
 
 @contextlib.contextmanager
-def frozen_sample(model: nn.Module, seed: int | Tensor, *, sample: int = 0) -> Iterator[None]:
+def frozen_sample(model: nn.Module, seed: int | Tensor, *, sample: int | Tensor = 0) -> Iterator[None]:
     """Within the context the Bayesian layers of `model` use one draw of their weights: one consistent function.
 
     The draw is a function of `seed`, `sample` and each layer's qualified name, not of call order: it is the same for
@@ -178,20 +180,20 @@ def frozen_sample(model: nn.Module, seed: int | Tensor, *, sample: int = 0) -> I
     Args:
         model: the module whose layers are frozen, with at least one Bayesian layer.
         seed: an int or a 0-d int64 tensor.
-        sample: index of the Monte Carlo sample, in [0, 2**32) (default 0).
+        sample: index of the Monte Carlo sample, an int in [0, 2**32) (default 0) or a 0-d int64 tensor.
 
     Raises:
         TypeError, ValueError: `seed` or `sample` is not as above, or the model has no Bayesian layer.
     """
-    check_coordinates(1, 1, sample=sample)
-    seed = as_seed(seed)
+    seed, sample = as_seed(seed), as_sample(sample)
     numbers = _number_layers(model)
     owners = {parameter.key: parameter.layer for parameter in variational_parameters(model)}
     noise = {}
     for layer in numbers:
         parameters = [VariationalParameter("", layer, name) for name in layer.names()]
-        addresses = {p.name: Address(8 * numbers[owners[p.key]] + _ROLES[p.name], sample) for p in parameters}
-        noise[layer] = FrozenNoise(seed.to(next(layer.parameters()).device), addresses)
+        addresses = {p.name: Address(8 * numbers[owners[p.key]] + _ROLES[p.name]) for p in parameters}
+        device = next(layer.parameters()).device
+        noise[layer] = FrozenNoise(seed.to(device), sample.to(device), addresses)
     with _noise_of(noise):
         yield
 

@@ -62,16 +62,39 @@ def weight_kl(parameter: GaussianParameter) -> Tensor:
     return gaussian_kl(parameter.mu, sigma, parameter.prior_mu, parameter.prior_sigma).sum()
 
 
-def sample_weight(
-    mu: Tensor, rho: Tensor, seed: Tensor, address: Address = Address(), dtype: torch.dtype | None = None
-) -> Tensor:
-    """W = mu + softplus(rho) * eps, of mu's shape, rounded to `dtype` (default mu's).
+def weight_noise(mu: Tensor, seed: Tensor, sample: int | Tensor, address: Address) -> Tensor:
+    """eps of mu's shape, in the dtype that arithmetic on mu is done in.
 
     The noise is addressed in the tensor seen as two-dimensional: ``mu.flatten(1)``, or one row for a vector.
     """
+    rows, columns = matrix_shape(mu)
+    stream, row_offset, column_offset = address
+    eps = noise.normal(
+        seed,
+        rows,
+        columns,
+        sample=sample,
+        stream=stream,
+        row_offset=row_offset,
+        column_offset=column_offset,
+        dtype=compute_dtype(mu),
+        device=mu.device,
+    )
+    return eps.reshape(mu.shape)
+
+
+def sample_weight(
+    mu: Tensor,
+    rho: Tensor,
+    seed: Tensor,
+    sample: int | Tensor = 0,
+    address: Address = Address(),
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """w = mu + softplus(rho) * eps, of mu's shape, rounded to `dtype` (default mu's)."""
     arithmetic = compute_dtype(mu)
-    eps = noise.normal(seed, *matrix_shape(mu), **address._asdict(), dtype=arithmetic, device=mu.device)
-    weight = mu.to(arithmetic) + sigma_from_rho(rho.to(arithmetic)) * eps.reshape(mu.shape)
+    eps = weight_noise(mu, seed, sample, address)
+    weight = mu.to(arithmetic) + sigma_from_rho(rho.to(arithmetic)) * eps
     return weight.to(mu.dtype if dtype is None else dtype)
 
 
@@ -82,14 +105,15 @@ def bayes_linear(
     bias_mu: Tensor | None,
     bias_rho: Tensor | None,
     seed: Tensor,
+    sample: int | Tensor = 0,
     weight_address: Address = Address(Role.WEIGHT),
     bias_address: Address = Address(Role.BIAS),
 ) -> Tensor:
-    """Y = x W^T + b with W and b sampled once for the whole batch (Blundell et al. 2015), in x's dtype."""
-    weight = sample_weight(weight_mu, weight_rho, seed, weight_address, x.dtype)
+    """y = x W^T + b with W and b sampled once for the whole batch (Blundell et al. 2015), in x's dtype."""
+    weight = sample_weight(weight_mu, weight_rho, seed, sample, weight_address, x.dtype)
     bias = None
     if bias_mu is not None and bias_rho is not None:
-        bias = sample_weight(bias_mu, bias_rho, seed, bias_address, x.dtype)
+        bias = sample_weight(bias_mu, bias_rho, seed, sample, bias_address, x.dtype)
     return F.linear(x, weight, bias)
 
 

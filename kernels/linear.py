@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fusedbayes.kernels.config import MatmulConfig, select_config
 from fusedbayes.kernels.gaussian import gaussian_kl, load_fp32, load_prior, sigma_from_rho
-from fusedbayes.kernels.noise import column_tile, normal_tile
+from fusedbayes.kernels.noise import column_tile, load_key, normal_tile
 from fusedbayes.kernels.sample import NOT_SPECIALIZED, contiguous, is_scalar, sample_weight
 
 
@@ -24,6 +24,7 @@ def _linear_forward_kernel(
     prior_sigma_ptr,  # () or (N, K) row-major
     bias_ptr,  # (N,) or None
     seed_ptr,  # () int64
+    sample_ptr,  # () int64, or None for 0
     M,
     N,
     K,
@@ -31,7 +32,6 @@ def _linear_forward_kernel(
     stride_xk,
     row_offset,
     quad_offset,
-    sample,
     stream,
     COLUMN_SHIFT: tl.constexpr,
     PRIOR_MU_SCALAR: tl.constexpr,
@@ -51,7 +51,7 @@ def _linear_forward_kernel(
     rows = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     x_rows = x_ptr + batch.to(tl.int64)[None, :] * stride_xm
     weight_rows = rows.to(tl.int64)[:, None] * K
-    seed = tl.load(seed_ptr)
+    seed, sample = load_key(seed_ptr, sample_ptr)
     y = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     kl = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for tile_k in range(tl.cdiv(K + COLUMN_SHIFT, BLOCK_K)):
@@ -104,33 +104,33 @@ def _single_pass(
     x: Tensor,
     parameter: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
     bias: Tensor | None,
-    seed: Tensor,
+    key: tuple[Tensor, Tensor | None],
     address: Sequence[int],
+    with_kl: bool,
     config: MatmulConfig,
 ) -> tuple[Tensor, Tensor]:
     mu, rho, prior_mu, prior_sigma = parameter
-    stream, sample, row_offset, column_offset = address
+    stream, row_offset, column_offset = address
     (M, K), N = x.shape, mu.shape[0]
     tiles_n, tiles_m = triton.cdiv(N, config.block_n), triton.cdiv(M, config.block_m)
     y = x.new_empty((M, N))
-    kl = mu.new_empty(0 if prior_mu is None else tiles_n, dtype=torch.float32)
+    kl = mu.new_empty(tiles_n if with_kl else 0, dtype=torch.float32)
     _linear_forward_kernel[(tiles_n, tiles_m)](
         y,
-        None if prior_mu is None else kl,
+        kl if with_kl else None,
         x,
         mu.contiguous(),
         rho.contiguous(),
         contiguous(prior_mu),
         contiguous(prior_sigma),
         bias,
-        seed,
+        *key,
         M,
         N,
         K,
         *x.stride(),
         row_offset,
         column_offset // 4,
-        sample,
         stream,
         COLUMN_SHIFT=column_offset % 4,
         PRIOR_MU_SCALAR=is_scalar(prior_mu),
@@ -142,7 +142,7 @@ def _single_pass(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return y, kl if prior_mu is None else kl.sum()
+    return y, kl.sum() if with_kl else kl
 
 
 def bayes_linear(
@@ -156,32 +156,27 @@ def bayes_linear(
     bias_prior_mu: Tensor | None,
     bias_prior_sigma: Tensor | None,
     seed: Tensor,
+    sample: Tensor | None,
     weight_address: Sequence[int],
     bias_address: Sequence[int],
+    with_kl: bool,
     config: MatmulConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Y and the KL of weight and bias; see the operator of this name."""
+    """y and the KL of weight and bias; see the operator of this name."""
     shape = (x.shape[0], *weight_mu.shape)
     config = config or select_config("forward", shape, x.dtype, capability(x))
     weight = (weight_mu, weight_rho, weight_prior_mu, weight_prior_sigma)
     bias = bias_kl = None
     if bias_mu is not None and bias_rho is not None:
-        row, bias_kl = sample_weight(
-            bias_mu[None],
-            bias_rho[None],
-            _row(bias_prior_mu),
-            _row(bias_prior_sigma),
-            seed,
-            bias_address,
-            x.dtype,
-        )
+        bias_2d = (bias_mu[None], bias_rho[None], _row(bias_prior_mu), _row(bias_prior_sigma))
+        row, bias_kl = sample_weight(*bias_2d, seed, sample, bias_address, x.dtype, with_kl)
         bias = row[0]
     if config.single_pass and x.shape[0] > 0:
-        y, kl = _single_pass(x, weight, bias, seed, weight_address, config)
+        y, kl = _single_pass(x, weight, bias, (seed, sample), weight_address, with_kl, config)
     else:
-        sampled, kl = sample_weight(*weight, seed, weight_address, x.dtype)
+        sampled, kl = sample_weight(*weight, seed, sample, weight_address, x.dtype, with_kl)
         y = x @ sampled.t() if bias is None else torch.addmm(bias, x, sampled.t())
-    return y, kl if bias_kl is None or weight_prior_mu is None else kl + bias_kl
+    return y, kl + bias_kl if with_kl and bias_kl is not None else kl
 
 
 def _row(prior: Tensor | None) -> Tensor | None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from fusedbayes.kernels.config import MatmulConfig, select_config
 from fusedbayes.kernels.gaussian import load_fp32, sigma_from_rho, store_gradients
 from fusedbayes.kernels.linear import capability, dot_options
-from fusedbayes.kernels.noise import column_tile, normal_tile
+from fusedbayes.kernels.noise import column_tile, load_key, normal_tile
 from fusedbayes.kernels.sample import NOT_SPECIALIZED, contiguous, is_scalar, sample_weight
 
 
@@ -20,6 +20,7 @@ def _linear_backward_input_kernel(
     mu_ptr,  # (N, K) row-major
     rho_ptr,  # (N, K) row-major
     seed_ptr,  # () int64
+    sample_ptr,  # () int64, or None for 0
     M,
     N,
     K,
@@ -27,7 +28,6 @@ def _linear_backward_input_kernel(
     stride_gn,
     row_offset,
     quad_offset,
-    sample,
     stream,
     COLUMN_SHIFT: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
@@ -44,7 +44,7 @@ def _linear_backward_input_kernel(
     batch = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     columns, exist, quads = column_tile(tile_k, K, quad_offset, COLUMN_SHIFT, BLOCK_K)
     grad_y_rows = grad_y_ptr + batch.to(tl.int64)[:, None] * stride_gm
-    seed = tl.load(seed_ptr)
+    seed, sample = load_key(seed_ptr, sample_ptr)
     grad_x = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     for tile_n in range(tl.cdiv(N, BLOCK_N)):
         rows = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -79,6 +79,7 @@ def _linear_backward_weight_kernel(
     prior_mu_ptr,  # () or (N, K) row-major
     prior_sigma_ptr,  # () or (N, K) row-major
     seed_ptr,  # () int64
+    sample_ptr,  # () int64, or None for 0
     M,
     N,
     K,
@@ -88,7 +89,6 @@ def _linear_backward_weight_kernel(
     stride_xk,
     row_offset,
     quad_offset,
-    sample,
     stream,
     COLUMN_SHIFT: tl.constexpr,
     PRIOR_MU_SCALAR: tl.constexpr,
@@ -124,7 +124,8 @@ def _linear_backward_weight_kernel(
         grad_weight = tl.dot(grad_y.to(DOT_DTYPE), x.to(DOT_DTYPE), grad_weight, input_precision=INPUT_PRECISION)
     in_bounds = (rows[:, None] < N) & exist[None, :]
     offsets = rows.to(tl.int64)[:, None] * K + columns[None, :]
-    eps = normal_tile(tl.load(seed_ptr), row_offset + rows, quads, sample, stream)
+    seed, sample = load_key(seed_ptr, sample_ptr)
+    eps = normal_tile(seed, row_offset + rows, quads, sample, stream)
     store_gradients(
         grad_mu_ptr,
         grad_rho_ptr,
@@ -147,15 +148,16 @@ def bayes_linear_backward_input(
     mu: Tensor,
     rho: Tensor,
     seed: Tensor,
+    sample: Tensor | None,
     address: Sequence[int],
     config: MatmulConfig | None = None,
 ) -> Tensor:
     """dX; see the operator of this name."""
     (M, N), K = grad_y.shape, mu.shape[1]
-    stream, sample, row_offset, column_offset = address
+    stream, row_offset, column_offset = address
     config = config or select_config("backward_input", (M, N, K), grad_y.dtype, capability(grad_y))
     if not config.single_pass:
-        weight, _ = sample_weight(mu, rho, None, None, seed, address, grad_y.dtype)
+        weight, _ = sample_weight(mu, rho, None, None, seed, sample, address, grad_y.dtype, False)
         return grad_y @ weight
     grad_x = grad_y.new_empty((M, K))
     if M > 0:
@@ -167,13 +169,13 @@ def bayes_linear_backward_input(
             mu.contiguous(),
             rho.contiguous(),
             seed,
+            sample,
             M,
             N,
             K,
             *grad_y.stride(),
             row_offset,
             column_offset // 4,
-            sample,
             stream,
             COLUMN_SHIFT=column_offset % 4,
             **dot_options(grad_y),
@@ -195,12 +197,13 @@ def bayes_linear_backward_weight(
     prior_mu: Tensor | None,
     prior_sigma: Tensor | None,
     seed: Tensor,
+    sample: Tensor | None,
     address: Sequence[int],
     config: MatmulConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """dmu and drho; see the operator of this name."""
     (M, N), K = grad_y.shape, mu.shape[1]
-    stream, sample, row_offset, column_offset = address
+    stream, row_offset, column_offset = address
     config = config or select_config("backward_weight", (M, N, K), x.dtype, capability(x))
     grad_mu, grad_rho = mu.new_empty((N, K)), rho.new_empty((N, K))
     _linear_backward_weight_kernel[
@@ -216,6 +219,7 @@ def bayes_linear_backward_weight(
         contiguous(prior_mu),
         contiguous(prior_sigma),
         seed,
+        sample,
         M,
         N,
         K,
@@ -223,7 +227,6 @@ def bayes_linear_backward_weight(
         *x.stride(),
         row_offset,
         column_offset // 4,
-        sample,
         stream,
         COLUMN_SHIFT=column_offset % 4,
         PRIOR_MU_SCALAR=is_scalar(prior_mu),

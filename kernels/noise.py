@@ -26,6 +26,15 @@ def philox_words(seed, quads, rows, sample, stream):
 
 
 @triton.jit
+def load_key(seed_ptr, sample_ptr):
+    """The seed, and the Monte Carlo sample or 0 if sample_ptr is None."""
+    sample = tl.zeros((), tl.int64)
+    if sample_ptr is not None:
+        sample = tl.load(sample_ptr)
+    return tl.load(seed_ptr), sample
+
+
+@triton.jit
 def _box_muller(radius_word, angle_word):
     """Two standard normals of two words: u = x0 2^-32 + 2^-33, theta = pi int32(x1) 2^-31."""
     uniform = radius_word.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10

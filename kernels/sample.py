@@ -10,10 +10,10 @@ from torch import Tensor
 
 from fusedbayes.kernels.config import TileConfig, select_tile_config
 from fusedbayes.kernels.gaussian import gaussian_kl, load_fp32, load_prior, sigma_from_rho, store_gradients
-from fusedbayes.kernels.noise import column_tile, normal_tile
+from fusedbayes.kernels.noise import column_tile, load_key, normal_tile
 
 # Fresh values of these must not compile a fresh kernel.
-NOT_SPECIALIZED = ["row_offset", "quad_offset", "sample", "stream"]
+NOT_SPECIALIZED = ["row_offset", "quad_offset", "stream"]
 
 
 @triton.jit
@@ -35,11 +35,11 @@ def _sample_weight_kernel(
     prior_mu_ptr,  # () or (N, K) row-major
     prior_sigma_ptr,  # () or (N, K) row-major
     seed_ptr,  # () int64
+    sample_ptr,  # () int64, or None for 0
     N,
     K,
     row_offset,
     quad_offset,
-    sample,
     stream,
     COLUMN_SHIFT: tl.constexpr,
     PRIOR_MU_SCALAR: tl.constexpr,
@@ -52,7 +52,8 @@ def _sample_weight_kernel(
     mu = load_fp32(mu_ptr, offsets, in_bounds)
     sigma = sigma_from_rho(load_fp32(rho_ptr, offsets, in_bounds))
     if weight_ptr is not None:
-        eps = normal_tile(tl.load(seed_ptr), row_offset + rows, quads, sample, stream)
+        seed, sample = load_key(seed_ptr, sample_ptr)
+        eps = normal_tile(seed, row_offset + rows, quads, sample, stream)
         tl.store(weight_ptr + offsets, (mu + sigma * eps).to(weight_ptr.dtype.element_ty), mask=in_bounds)
     if kl_ptr is not None:
         prior_mu = load_prior(prior_mu_ptr, offsets, in_bounds, PRIOR_MU_SCALAR)
@@ -72,11 +73,11 @@ def _sample_weight_backward_kernel(
     prior_mu_ptr,  # () or (N, K) row-major
     prior_sigma_ptr,  # () or (N, K) row-major
     seed_ptr,  # () int64
+    sample_ptr,  # () int64, or None for 0
     N,
     K,
     row_offset,
     quad_offset,
-    sample,
     stream,
     COLUMN_SHIFT: tl.constexpr,
     PRIOR_MU_SCALAR: tl.constexpr,
@@ -90,7 +91,8 @@ def _sample_weight_backward_kernel(
     eps = grad_weight
     if grad_weight_ptr is not None:
         grad_weight = load_fp32(grad_weight_ptr, offsets, in_bounds)
-        eps = normal_tile(tl.load(seed_ptr), row_offset + rows, quads, sample, stream)
+        seed, sample = load_key(seed_ptr, sample_ptr)
+        eps = normal_tile(seed, row_offset + rows, quads, sample, stream)
     store_gradients(
         grad_mu_ptr,
         grad_rho_ptr,
@@ -117,20 +119,20 @@ def is_scalar(tensor: Tensor | None) -> bool:
 
 
 def _tiles(shape: torch.Size, address: Sequence[int], config: TileConfig) -> int:
-    return triton.cdiv(shape[0], config.block_n) * triton.cdiv(shape[1] + address[3] % 4, config.block_k)
+    return triton.cdiv(shape[0], config.block_n) * triton.cdiv(shape[1] + address[2] % 4, config.block_k)
 
 
 def _launch(
     kernel: Any,
     leading: tuple[Tensor | None, ...],
     parameter: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
-    seed: Tensor | None,
+    key: tuple[Tensor | None, Tensor | None],
     address: Sequence[int],
     config: TileConfig,
 ) -> None:
     """Launches one of the kernels above, whose arguments differ only in the `leading` pointers."""
     mu, rho, prior_mu, prior_sigma = parameter
-    stream, sample, row_offset, column_offset = address
+    stream, row_offset, column_offset = address
     if mu.numel() == 0:
         return
     kernel[(_tiles(mu.shape, address, config),)](
@@ -139,11 +141,10 @@ def _launch(
         rho.contiguous(),
         contiguous(prior_mu),
         contiguous(prior_sigma),
-        seed,
+        *key,
         *mu.shape,
         row_offset,
         column_offset // 4,
-        sample,
         stream,
         COLUMN_SHIFT=column_offset % 4,
         PRIOR_MU_SCALAR=is_scalar(prior_mu),
@@ -160,17 +161,20 @@ def sample_weight(
     prior_mu: Tensor | None,
     prior_sigma: Tensor | None,
     seed: Tensor,
+    sample: Tensor | None,
     address: Sequence[int],
     dtype: torch.dtype,
+    with_kl: bool,
     config: TileConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """W and its KL; see the operator of this name."""
     config = config or select_tile_config(mu.shape)
     weight = mu.new_empty(mu.shape, dtype=dtype)
     # Partial sums are added in a fixed order, so that a run repeats bit for bit.
-    kl = None if prior_mu is None else mu.new_empty(_tiles(mu.shape, address, config), dtype=torch.float32)
-    _launch(_sample_weight_kernel, (weight, kl), (mu, rho, prior_mu, prior_sigma), seed, address, config)
-    return weight, mu.new_empty(0, dtype=torch.float32) if kl is None else kl.sum()
+    kl = mu.new_empty(_tiles(mu.shape, address, config) if with_kl else 0, dtype=torch.float32)
+    leading = (weight, kl if with_kl else None)
+    _launch(_sample_weight_kernel, leading, (mu, rho, prior_mu, prior_sigma), (seed, sample), address, config)
+    return weight, kl.sum() if with_kl else kl
 
 
 def weight_kl(
@@ -178,9 +182,9 @@ def weight_kl(
 ) -> Tensor:
     """The KL alone; see the operator of this name."""
     config = config or select_tile_config(mu.shape)
-    address = (0, 0, 0, 0)
+    address = (0, 0, 0)
     kl = mu.new_empty(_tiles(mu.shape, address, config), dtype=torch.float32)
-    _launch(_sample_weight_kernel, (None, kl), (mu, rho, prior_mu, prior_sigma), None, address, config)
+    _launch(_sample_weight_kernel, (None, kl), (mu, rho, prior_mu, prior_sigma), (None, None), address, config)
     return kl.sum()
 
 
@@ -192,6 +196,7 @@ def sample_weight_backward(
     prior_mu: Tensor | None,
     prior_sigma: Tensor | None,
     seed: Tensor | None,
+    sample: Tensor | None,
     address: Sequence[int],
     config: TileConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -199,5 +204,5 @@ def sample_weight_backward(
     config = config or select_tile_config(mu.shape)
     grads = mu.new_empty(mu.shape), rho.new_empty(rho.shape)
     leading = (*grads, contiguous(grad_weight), grad_kl)
-    _launch(_sample_weight_backward_kernel, leading, (mu, rho, prior_mu, prior_sigma), seed, address, config)
+    _launch(_sample_weight_backward_kernel, leading, (mu, rho, prior_mu, prior_sigma), (seed, sample), address, config)
     return grads

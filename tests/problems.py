@@ -25,6 +25,14 @@ ERROR_OF_A_KL = 40 * 2.0**-24
 # From the smallest sigma to the largest; exp overflows in fp32 at 89, is subnormal at -88 and underflows at -104.
 EXTREME_RHO = (-1e4, -745.0, -200.0, -104.0, -89.0, -88.0, -87.0, -20.0, 0.0, 19.0, 21.0, 88.0, 89.0, 200.0, 1e4)
 
+# Counters (quad, row, sample, stream) whose words under the seed 0 are at the ends of their range (Philox run backwards
+# finds them), and their normals: radius sqrt(66 ln 2) where a word is 0, and 0 where its uniform rounds to 1.
+EXTREME_WORDS = {
+    (0xD3701535, 0x0D77C408, 0xB13FDBBA, 0x0F37F464): (0, 2**31, 2**32 - 1, 2**31 - 1),
+    (0x82C6722C, 0x0A761ED6, 0x88970086, 0x82BE9B9B): (2**32 - 1, 0, 0, 2**30),
+}
+EXTREME_NORMALS = ((-6.763722, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 6.763722))
+
 Parameter = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 

@@ -117,6 +117,13 @@ def test_gradient_balance_values(balanced: tuple[Balanced, Tensor, Tensor]) -> N
     assert unused.ratio == math.inf
 
 
+def test_gradient_balance_has_tied_parameters_once() -> None:
+    model = nn.Sequential(bayes(5, 5, bias=False), bayes(5, 5, bias=False))
+    model[1].weight_mu, model[1].weight_rho = model[0].weight_mu, model[0].weight_rho
+    out = ELBO(model, F.cross_entropy, 10)(torch.randn(4, 5), torch.tensor([0, 1, 2, 0]))
+    assert [row.name for row in gradient_balance(model, out.nll, out.kl)] == ["0"]
+
+
 def test_gradient_balance_of_nothing_is_nan() -> None:
     model = Balanced()
     model.spare = nn.Linear(2, 2)

@@ -52,10 +52,12 @@ def test_tile_configurations_are_valid(shape: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("kernel", ["forward", "backward_input"])
 def test_a_small_batch_is_one_pass_and_a_large_one_samples_once(kernel: Any) -> None:
-    small, large = (select_config(kernel, (rows, 4096, 4096), torch.bfloat16, (9, 0)) for rows in (32, 16384))
-    assert small.single_pass
-    assert small.block_m >= 32  # a second tile of rows would draw the weights again
-    assert not large.single_pass
+    for rows in (1, 16, 17, 32, 100, 128):
+        config = select_config(kernel, (rows, 4096, 4096), torch.bfloat16, (9, 0))
+        assert config.single_pass
+        # One tile holds the batch, as a second would draw the weights again, and no half of it is empty.
+        assert rows <= config.block_m < 2 * max(rows, 16)
+    assert not select_config(kernel, (16384, 4096, 4096), torch.bfloat16, (9, 0)).single_pass
 
 
 def test_the_configuration_does_not_follow_the_ragged_end_of_a_dimension() -> None:

@@ -109,28 +109,6 @@ def repeated_element(tensor: Tensor) -> Tensor:
     return tensor[:1, :1].expand(tensor.shape)
 
 
-@pytest.mark.parametrize("layout", [transposed, strided, repeated_row, repeated_element])
-def test_layout_of_the_activations(kernel_device: str, layout: Callable[[Tensor], Tensor]) -> None:
-    problem = make_problem(SHAPE).to(kernel_device)
-    problem = problem._replace(x=layout(problem.x), grad_y=layout(problem.grad_y))
-    assert problem.x.stride() != (SHAPE[2], 1)
-    check_all(problem, kernel_device)
-
-
-@pytest.mark.parametrize("layout", [transposed, strided, repeated_row])
-def test_layout_of_the_parameters_and_priors(kernel_device: str, layout: Callable[[Tensor], Tensor]) -> None:
-    problem = make_problem(SHAPE, prior="per-weight").to(kernel_device)
-    weight = tuple(layout(tensor) for tensor in problem.weight)
-    check_all(problem._replace(weight=weight), kernel_device)
-
-
-@pytest.mark.parametrize("address", ADDRESSES.values(), ids=ADDRESSES.keys())
-def test_addresses(kernel_device: str, address: tuple[int, int, int, int]) -> None:
-    stream, sample, _, column_offset = address
-    bias_address = (stream ^ 1, sample, 0, column_offset)  # SHAPE has more inputs than outputs: it fits
-    check_all(make_problem(SHAPE, weight_address=address, bias_address=bias_address), kernel_device)
-
-
 class GuardedAllocations(TorchFunctionMode):
     """Gives every `new_empty` a border on both sides, which `check` finds untouched or not."""
 
@@ -166,15 +144,37 @@ def bordered(tensor: Tensor, border: int, value: float) -> tuple[Tensor, Tensor]
 def test_nothing_out_of_bounds(kernel_device: str, column_offset: int) -> None:
     """Writes would show in the border of an output; reads in a result, as NaN; and inputs stay as they were."""
     problem = make_problem(SHAPE, weight_address=(8, 0, 0, column_offset)).to(kernel_device)
-    expected = (*run_products(problem), *run_samples(problem))
     bordered_inputs = problem.map(lambda tensor: bordered(tensor, 512, math.nan)[1])
     with GuardedAllocations() as guard:
         results = (*run_products(bordered_inputs), *run_samples(bordered_inputs))
     guard.check()
+    expected = (*run_products(problem), *run_samples(problem))
     for result, whole in zip(results, expected, strict=True):
         assert torch.equal(result, whole)
     for tensor, before in zip(bordered_inputs.forward, problem.forward, strict=True):
         assert not isinstance(tensor, Tensor) or torch.equal(tensor, before)
+
+
+@pytest.mark.parametrize("layout", [transposed, strided, repeated_row, repeated_element])
+def test_layout_of_the_activations(kernel_device: str, layout: Callable[[Tensor], Tensor]) -> None:
+    problem = make_problem(SHAPE).to(kernel_device)
+    problem = problem._replace(x=layout(problem.x), grad_y=layout(problem.grad_y))
+    assert problem.x.stride() != (SHAPE[2], 1)
+    check_all(problem, kernel_device)
+
+
+@pytest.mark.parametrize("layout", [transposed, strided, repeated_row])
+def test_layout_of_the_parameters_and_priors(kernel_device: str, layout: Callable[[Tensor], Tensor]) -> None:
+    problem = make_problem(SHAPE, prior="per-weight").to(kernel_device)
+    weight = tuple(layout(tensor) for tensor in problem.weight)
+    check_all(problem._replace(weight=weight), kernel_device)
+
+
+@pytest.mark.parametrize("address", ADDRESSES.values(), ids=ADDRESSES.keys())
+def test_addresses(kernel_device: str, address: tuple[int, int, int, int]) -> None:
+    stream, sample, _, column_offset = address
+    bias_address = (stream ^ 1, sample, 0, column_offset)  # SHAPE has more inputs than outputs: it fits
+    check_all(make_problem(SHAPE, weight_address=address, bias_address=bias_address), kernel_device)
 
 
 @pytest.mark.parametrize("config", [SINGLE_PASS, SAMPLE_ONCE], ids=["single-pass", "sample-once"])

@@ -4,6 +4,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from problems import EXTREME_NORMALS, EXTREME_WORDS
 from torch import Tensor
 
 from fusedbayes import noise
@@ -95,6 +96,12 @@ def test_normals_equal_pytorch_normals(kernel_device: str, row_offset: int, quad
     eps = kernel_normal(kernel_device, 12345678901234, 33, 41, **where, quad_offset=quad_offset)
     expected = noise.normal(12345678901234, 33, 41, **where, column_offset=4 * quad_offset)
     torch.testing.assert_close(eps.cpu(), expected, rtol=0, atol=1e-5)  # the contract's bound
+
+
+def test_normals_at_the_ends_of_the_words(kernel_device: str) -> None:
+    for (quad, row, sample, stream), expected in zip(EXTREME_WORDS, EXTREME_NORMALS, strict=True):
+        eps = kernel_normal(kernel_device, 0, 1, 4, sample=sample, stream=stream, row_offset=row, quad_offset=quad)
+        torch.testing.assert_close(eps.cpu(), torch.tensor([expected]), rtol=0, atol=1e-5)
 
 
 def test_normals_do_not_depend_on_the_tile(kernel_device: str) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from problems import EXTREME_NORMALS, EXTREME_WORDS
 
 from fusedbayes import noise
 
@@ -71,6 +72,15 @@ def test_normals_beyond_32_bit_indices(row_offset: int, column_offset: int) -> N
     expected = [[normal_in_python(9, row_offset + i, column_offset + j, **where) for j in range(7)] for i in range(3)]
     # The uniforms are rounded to fp32 by contract, which moves a normal of at most 6.8 by less than 1e-5.
     torch.testing.assert_close(eps, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+def test_normals_at_the_ends_of_the_words(dtype: torch.dtype) -> None:
+    for ((quad, row, sample, stream), words), expected in zip(EXTREME_WORDS.items(), EXTREME_NORMALS, strict=True):
+        assert philox_in_python(0, (quad, row, sample, stream)) == words
+        where = {"row_offset": row, "column_offset": 4 * quad, "sample": sample, "stream": stream}
+        eps = noise.normal(0, 1, 4, **where, dtype=dtype)
+        torch.testing.assert_close(eps, torch.tensor([expected], dtype=dtype), rtol=0, atol=1e-5)
 
 
 def test_float64_is_the_noise_of_float32() -> None:

@@ -17,7 +17,8 @@ from fusedbayes import ELBO, BayesLinear
 from fusedbayes.reference import rho_from_sigma, sigma_from_rho
 
 N, D, TARGETS = 60, 4, 8
-NOISE_SIGMA, PRIOR_SIGMA = 0.5, 1.5
+# A prior narrow enough to move the means by most of a sigma, so that its pull is tested too.
+NOISE_SIGMA, PRIOR_SIGMA = 1.0, 0.3
 # Training: steps before and while the iterates are averaged, samples per step, samples of the final bound.
 BURN_IN, AVERAGED, SAMPLES, FINAL_SAMPLES = 300, 800, 4, 1000
 
@@ -81,10 +82,9 @@ def trained() -> Trained:
 
 # Averaging n = AVERAGED * SAMPLES stochastic gradients of noise covariance S and curvature H leaves the optimum with
 # covariance H^-1 S H^-1 / n, whatever the steps (Polyak and Juditsky 1992). A sample's gradient with respect to mu is
-# noisy by (X^T X / s^2) sigma eps, and X^T X / s^2 is P to within the prior's part, 1 in 1000: so mu is known to
-# sigma_i / sqrt(n).
-# For log(sigma_i) the noise is eps_i * sum_j C_ij eps_j with C_ij = P_ij sigma_i sigma_j, of variance 1 + sum_j C_ij^2,
-# and the curvature 2. On nine seeds the root mean square of the errors was 0.8 to 1.3 of these standard errors.
+# noisy by (X^T X / s^2) sigma eps, at most P sigma eps: so mu is known to sigma_i / sqrt(n). For log(sigma_i) the noise
+# is at most eps_i * sum_j C_ij eps_j with C_ij = P_ij sigma_i sigma_j, of variance 1 + sum_j C_ij^2, and the curvature 2.
+# On nine seeds the root mean square of the errors was 0.8 to 1.3 of these standard errors.
 STANDARD_ERRORS = 5.0
 
 

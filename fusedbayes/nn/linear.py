@@ -71,7 +71,7 @@ class BayesLinear(BayesModule):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if dtype is not None and not dtype.is_floating_point:
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise TypeError(f"dtype must be a floating-point dtype, got {dtype}")
         self.in_features = check_count(in_features, "in_features")
         self.out_features = check_count(out_features, "out_features")
@@ -110,16 +110,23 @@ class BayesLinear(BayesModule):
     def forward(self, x: Tensor) -> Tensor:
         noise = self._noise
         if isinstance(noise, MeanWeights):
+            x = functional.check_linear(x, self.weight_mu, self.weight_rho, self.bias_mu, self.bias_rho)
             return F.linear(x, self.weight_mu, self.bias_mu)
         where: dict[str, Any] = {}
         if isinstance(noise, FrozenNoise):
-            where = {"seed": noise.seed} | {f"{name}_address": a for name, a in noise.addresses.items()}
+            where = {"seed": noise.seed, "sample": noise.sample}
+            where |= {f"{name}_address": address for name, address in noise.addresses.items()}
+        weight, bias = self.gaussian("weight"), self.gaussian("bias")
         with_kl = self._kl_wanted and self._kl_of_forward is None
-        if with_kl:
-            where["weight_prior"] = (self.weight_prior_mu, self.weight_prior_sigma)
-            where["bias_prior"] = None if self.bias_mu is None else (self.bias_prior_mu, self.bias_prior_sigma)
-        parameters = (self.weight_mu, self.weight_rho, self.bias_mu, self.bias_rho)
-        y, kl = functional.bayes_linear(x, *parameters, **where)
+        y, kl = functional.bayes_linear(
+            x,
+            *weight[:2],
+            *bias[:2],
+            weight_prior=weight[2:],
+            bias_prior=None if self.bias_mu is None else bias[2:],
+            with_kl=with_kl,
+            **where,
+        )
         if with_kl:
             self._kl_of_forward = kl
         return y

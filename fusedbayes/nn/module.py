@@ -20,11 +20,12 @@ class FrozenNoise:
     """The noise of one function draw, as a layer sees it; set by `fusedbayes.frozen_sample`.
 
     Attributes:
-        seed: 0-d int64 tensor on the layer's device.
+        seed, sample: 0-d int64 tensors on the layer's device.
         addresses: of each of the layer's random tensors, by name.
     """
 
     seed: Tensor
+    sample: Tensor
     addresses: dict[str, Address]
 
 
@@ -119,6 +120,8 @@ class BayesModule(nn.Module):
 
     def _fill_prior(self, name: str, mu: float | Tensor, sigma: float | Tensor) -> None:
         like = self.gaussian(name).mu
+        if not isinstance(sigma, Tensor) and not torch.finfo(like.dtype).tiny <= sigma <= torch.finfo(like.dtype).max:
+            raise ValueError(f"prior_sigma must be a normal {like.dtype} number, got {sigma}")
         for part, value in (("prior_mu", mu), ("prior_sigma", sigma)):
             # A copy: a prior that shared storage with mu would move with it.
             new = value.detach().to(like, copy=True) if isinstance(value, Tensor) else like.new_full((), value)
@@ -143,7 +146,7 @@ class BayesModule(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in self._TRANSIENT}
+        return {key: value for key, value in super().__getstate__().items() if key not in self._TRANSIENT}
 
     def _prior_repr(self) -> str:
         """N(mu, sigma) of the weights' prior for extra_repr, or that it is given per weight."""
@@ -154,8 +157,17 @@ class BayesModule(nn.Module):
         return f"prior_mu={values[0]}, prior_sigma={values[1]}"
 
 
+def check_module(model: nn.Module) -> None:
+    """Raises TypeError unless `model` is a module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+
 def bayes_modules(model: nn.Module) -> Iterator[tuple[str, BayesModule]]:
     """Every distinct Bayesian layer of `model` with its qualified name, wrappers' names left out."""
+    check_module(model)
+    while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        model = model.module
     for path, module in model.named_modules():
         if isinstance(module, BayesModule):
             yield ".".join(part for part in path.split(".") if part not in _WRAPPERS), module

@@ -8,24 +8,30 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from torch.library import Library, register_fake
 
 from fusedbayes.ops import autograd, cuda, eager, fake
 
-# An address is (stream, sample, row_offset, column_offset): fusedbayes.noise.Address. Parameters are 2-D, a bias in
-# bayes_linear 1-D. Without a prior no KL is computed, and the KL that is returned has no element.
+# An address is (stream, row_offset, column_offset): fusedbayes.noise.Address. sample is a 0-d int64 tensor, because an
+# int would have torch.compile compile every Monte Carlo sample anew; None means 0. Parameters are 2-D, a bias in
+# bayes_linear 1-D. Without with_kl no KL is computed, and the KL that is returned has no element; the prior is kept for
+# the backward pass all the same, so that a checkpointed forward saves the same tensors with and without.
 _SCHEMAS = {
-    "sample_weight": """(Tensor mu, Tensor rho, Tensor? prior_mu, Tensor? prior_sigma, Tensor seed, int[] address,
-        ScalarType dtype) -> (Tensor weight, Tensor kl)""",
+    "sample_weight": """(Tensor mu, Tensor rho, Tensor? prior_mu, Tensor? prior_sigma, Tensor seed, Tensor? sample,
+        int[] address, ScalarType dtype, bool with_kl) -> (Tensor weight, Tensor kl)""",
     "sample_weight_backward": """(Tensor? grad_weight, Tensor? grad_kl, Tensor mu, Tensor rho, Tensor? prior_mu,
-        Tensor? prior_sigma, Tensor? seed, int[] address) -> (Tensor grad_mu, Tensor grad_rho)""",
+        Tensor? prior_sigma, Tensor? seed, Tensor? sample, int[] address) -> (Tensor grad_mu, Tensor grad_rho)""",
     "weight_kl": "(Tensor mu, Tensor rho, Tensor prior_mu, Tensor prior_sigma) -> Tensor",
     "bayes_linear": """(Tensor x, Tensor weight_mu, Tensor weight_rho, Tensor? weight_prior_mu,
         Tensor? weight_prior_sigma, Tensor? bias_mu, Tensor? bias_rho, Tensor? bias_prior_mu, Tensor? bias_prior_sigma,
-        Tensor seed, int[] weight_address, int[] bias_address) -> (Tensor y, Tensor kl)""",
-    "bayes_linear_backward_input": "(Tensor grad_y, Tensor mu, Tensor rho, Tensor seed, int[] address) -> Tensor",
+        Tensor seed, Tensor? sample, int[] weight_address, int[] bias_address, bool with_kl) -> (Tensor y,
+        Tensor kl)""",
+    "bayes_linear_backward_input": """(Tensor grad_y, Tensor mu, Tensor rho, Tensor seed, Tensor? sample,
+        int[] address) -> Tensor""",
     "bayes_linear_backward_weight": """(Tensor grad_y, Tensor? grad_kl, Tensor x, Tensor mu, Tensor rho,
-        Tensor? prior_mu, Tensor? prior_sigma, Tensor seed, int[] address) -> (Tensor grad_mu, Tensor grad_rho)""",
+        Tensor? prior_mu, Tensor? prior_sigma, Tensor seed, Tensor? sample, int[] address) -> (Tensor grad_mu,
+        Tensor grad_rho)""",
 }
 
 _library = Library("fusedbayes", "DEF")
@@ -42,8 +48,8 @@ def _entry(name: str) -> Callable[..., Any]:
     operator = getattr(torch.ops.fusedbayes, name).default
 
     def call(*arguments: Any) -> Any:
-        # torch.func cannot look into an operator with its own autograd, but into PyTorch.
-        transformed = torch._C._are_functorch_transforms_active()
+        # Neither torch.func nor forward-mode derivatives can look into an operator; into PyTorch they can.
+        transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
         return (getattr(eager, name) if transformed else operator)(*arguments)
 
     return call

@@ -59,17 +59,17 @@ class _SampleWeight(_Operator):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        _Operator.save(ctx, inputs, 5)
-        if inputs[2] is None:
+        _Operator.save(ctx, inputs, 6)
+        if not inputs[-1]:
             ctx.mark_non_differentiable(output[1])
 
     @staticmethod
     def backward(ctx: Any, grad_weight: Tensor | None, grad_kl: Tensor | None) -> Any:
         if torch.is_grad_enabled():
             return _Operator.differentiable_backward(ctx, "sample_weight", grad_weight, grad_kl)
-        address, _ = ctx.rest
+        address, *_ = ctx.rest
         grads = torch.ops.fusedbayes.sample_weight_backward.default(grad_weight, grad_kl, *ctx.saved_tensors, address)
-        return *grads, None, None, None, None, None
+        return *grads, *[None] * 7
 
 
 class _WeightKL(_Operator):
@@ -87,8 +87,8 @@ class _WeightKL(_Operator):
     def backward(ctx: Any, grad_kl: Tensor) -> Any:
         if torch.is_grad_enabled():
             return _Operator.differentiable_backward(ctx, "weight_kl", grad_kl)
-        address = (0, 0, 0, 0)
-        grads = torch.ops.fusedbayes.sample_weight_backward.default(None, grad_kl, *ctx.saved_tensors, None, address)
+        noise = (None, None, (0, 0, 0))
+        grads = torch.ops.fusedbayes.sample_weight_backward.default(None, grad_kl, *ctx.saved_tensors, *noise)
         return *grads, None, None
 
 
@@ -101,8 +101,8 @@ class _BayesLinear(_Operator):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        _Operator.save(ctx, inputs, 10)
-        if inputs[3] is None:
+        _Operator.save(ctx, inputs, 11)
+        if not inputs[-1]:
             ctx.mark_non_differentiable(output[1])
 
     @staticmethod
@@ -110,26 +110,27 @@ class _BayesLinear(_Operator):
         if torch.is_grad_enabled():
             return _Operator.differentiable_backward(ctx, "bayes_linear", grad_y, grad_kl)
         ops = torch.ops.fusedbayes
-        x, *parameters, seed = ctx.saved_tensors
+        x, *parameters, seed, sample = ctx.saved_tensors
         weight, bias = parameters[:4], parameters[4:]
-        weight_address, bias_address = ctx.rest
+        weight_address, bias_address, _ = ctx.rest
+        weight_noise, bias_noise = (seed, sample, weight_address), (seed, sample, bias_address)
         needs_x, needs_weight, needs_bias = (any(ctx.needs_input_grad[i:j]) for i, j in ((0, 1), (1, 3), (5, 7)))
         grad_x = grad_bias = None
         grad_weights: tuple[Tensor | None, Tensor | None] = (None, None)
         grad_biases: tuple[Tensor | None, Tensor | None] = (None, None)
         if grad_y is not None and needs_x:
-            grad_x = ops.bayes_linear_backward_input.default(grad_y, *weight[:2], seed, weight_address)
+            grad_x = ops.bayes_linear_backward_input.default(grad_y, *weight[:2], *weight_noise)
         if needs_weight and grad_y is not None:
-            grad_weights = ops.bayes_linear_backward_weight.default(grad_y, grad_kl, x, *weight, seed, weight_address)
+            grad_weights = ops.bayes_linear_backward_weight.default(grad_y, grad_kl, x, *weight, *weight_noise)
         elif needs_weight:
-            grad_weights = ops.sample_weight_backward.default(None, grad_kl, *weight, None, weight_address)
+            grad_weights = ops.sample_weight_backward.default(None, grad_kl, *weight, *weight_noise)
         if needs_bias:
             if grad_y is not None:
                 grad_bias = grad_y.sum(0, keepdim=True, dtype=compute_dtype(grad_y))
             rows = [t if t is None or t.dim() == 0 else t[None] for t in bias]
-            grad_rows = ops.sample_weight_backward.default(grad_bias, grad_kl, *rows, seed, bias_address)
+            grad_rows = ops.sample_weight_backward.default(grad_bias, grad_kl, *rows, *bias_noise)
             grad_biases = grad_rows[0][0], grad_rows[1][0]
-        return grad_x, *grad_weights, None, None, *grad_biases, None, None, None, None, None
+        return grad_x, *grad_weights, None, None, *grad_biases, *[None] * 7
 
 
 def sample_weight(*arguments: Any) -> Any:

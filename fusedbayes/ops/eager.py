@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedbayes import noise, reference
+from fusedbayes import reference
 from fusedbayes.noise import Address
 from fusedbayes.reference import SIGMA_FLOOR, GaussianParameter, compute_dtype
 
@@ -21,11 +21,13 @@ def sample_weight(
     prior_mu: Tensor | None,
     prior_sigma: Tensor | None,
     seed: Tensor,
+    sample: Tensor | None,
     address: Sequence[int],
     dtype: torch.dtype,
+    with_kl: bool,
 ) -> tuple[Tensor, Tensor]:
-    weight = reference.sample_weight(mu, rho, seed, Address(*address), dtype)
-    return weight, _kl(mu, rho, prior_mu, prior_sigma)
+    weight = reference.sample_weight(mu, rho, seed, _or_zero(sample), Address(*address), dtype)
+    return weight, weight_kl(mu, rho, prior_mu, prior_sigma) if with_kl else _no_kl(mu)
 
 
 def sample_weight_backward(
@@ -36,6 +38,7 @@ def sample_weight_backward(
     prior_mu: Tensor | None,
     prior_sigma: Tensor | None,
     seed: Tensor | None,
+    sample: Tensor | None,
     address: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     dtype = compute_dtype(mu)
@@ -43,7 +46,7 @@ def sample_weight_backward(
     if grad_weight is not None and seed is not None:
         grad_mu += grad_weight
         grad_sigma += grad_weight
-        grad_sigma *= noise.normal(seed, *mu.shape, **Address(*address)._asdict(), dtype=dtype, device=mu.device)
+        grad_sigma *= reference.weight_noise(mu, seed, _or_zero(sample), Address(*address))
     softplus = F.softplus(rho.to(dtype), threshold=40.0)
     if grad_kl is not None and prior_mu is not None and prior_sigma is not None:
         prior_sigma = prior_sigma.to(dtype)
@@ -55,7 +58,9 @@ def sample_weight_backward(
     return grad_mu.to(mu.dtype), grad_rho.to(rho.dtype)
 
 
-def weight_kl(mu: Tensor, rho: Tensor, prior_mu: Tensor, prior_sigma: Tensor) -> Tensor:
+def weight_kl(mu: Tensor, rho: Tensor, prior_mu: Tensor | None, prior_sigma: Tensor | None) -> Tensor:
+    assert prior_mu is not None
+    assert prior_sigma is not None
     return reference.weight_kl(GaussianParameter(mu, rho, prior_mu, prior_sigma))
 
 
@@ -70,21 +75,25 @@ def bayes_linear(
     bias_prior_mu: Tensor | None,
     bias_prior_sigma: Tensor | None,
     seed: Tensor,
+    sample: Tensor | None,
     weight_address: Sequence[int],
     bias_address: Sequence[int],
+    with_kl: bool,
 ) -> tuple[Tensor, Tensor]:
     addresses = Address(*weight_address), Address(*bias_address)
-    y = reference.bayes_linear(x, weight_mu, weight_rho, bias_mu, bias_rho, seed, *addresses)
-    kl = _kl(weight_mu, weight_rho, weight_prior_mu, weight_prior_sigma)
+    y = reference.bayes_linear(x, weight_mu, weight_rho, bias_mu, bias_rho, seed, _or_zero(sample), *addresses)
+    if not with_kl:
+        return y, _no_kl(weight_mu)
+    kl = weight_kl(weight_mu, weight_rho, weight_prior_mu, weight_prior_sigma)
     if bias_mu is not None and bias_rho is not None:
-        kl = kl + _kl(bias_mu, bias_rho, bias_prior_mu, bias_prior_sigma)
+        kl = kl + weight_kl(bias_mu, bias_rho, bias_prior_mu, bias_prior_sigma)
     return y, kl
 
 
 def bayes_linear_backward_input(
-    grad_y: Tensor, mu: Tensor, rho: Tensor, seed: Tensor, address: Sequence[int]
+    grad_y: Tensor, mu: Tensor, rho: Tensor, seed: Tensor, sample: Tensor | None, address: Sequence[int]
 ) -> Tensor:
-    return grad_y @ reference.sample_weight(mu, rho, seed, Address(*address), grad_y.dtype)
+    return grad_y @ reference.sample_weight(mu, rho, seed, _or_zero(sample), Address(*address), grad_y.dtype)
 
 
 def bayes_linear_backward_weight(
@@ -96,12 +105,15 @@ def bayes_linear_backward_weight(
     prior_mu: Tensor | None,
     prior_sigma: Tensor | None,
     seed: Tensor,
+    sample: Tensor | None,
     address: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    return sample_weight_backward(grad_y.t() @ x, grad_kl, mu, rho, prior_mu, prior_sigma, seed, address)
+    return sample_weight_backward(grad_y.t() @ x, grad_kl, mu, rho, prior_mu, prior_sigma, seed, sample, address)
 
 
-def _kl(mu: Tensor, rho: Tensor, prior_mu: Tensor | None, prior_sigma: Tensor | None) -> Tensor:
-    if prior_mu is None or prior_sigma is None:
-        return mu.new_empty(0, dtype=compute_dtype(mu))
-    return weight_kl(mu, rho, prior_mu, prior_sigma)
+def _no_kl(mu: Tensor) -> Tensor:
+    return mu.new_empty(0, dtype=compute_dtype(mu))
+
+
+def _or_zero(sample: Tensor | None) -> int | Tensor:
+    return 0 if sample is None else sample
