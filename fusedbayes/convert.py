@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from fusedbayes import reference
-from fusedbayes.functional import check_number
+from fusedbayes.checks import check_module, check_number, describe
 from fusedbayes.nn.linear import BayesLinear
-from fusedbayes.nn.module import BayesModule, check_module, variational_parameters
+from fusedbayes.nn.module import BayesModule, variational_parameters
 
 Where = Callable[[str, nn.Module], bool] | str | type[nn.Module] | Iterable[str | type[nn.Module]]
 
@@ -137,11 +137,11 @@ def _predicate(where: Where | None) -> Callable[[str, nn.Module], bool]:
     if not isinstance(where, Iterable):
         if callable(where):
             return where
-        raise TypeError(f"where must be a callable, a pattern, a class or several of these, got {type(where).__name__}")
+        raise TypeError(f"where must be a callable, a pattern, a class or several of these, got {describe(where)}")
     wanted = tuple(where)
     for item in wanted:
         if not isinstance(item, str | type):
-            raise TypeError(f"where must hold patterns (str) and classes, got {type(item).__name__}")
+            raise TypeError(f"where must hold patterns (str) and classes, got {describe(item)}")
     patterns = [item for item in wanted if isinstance(item, str)]
     classes = tuple(item for item in wanted if isinstance(item, type))
     return lambda name, module: (

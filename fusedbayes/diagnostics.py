@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from fusedbayes import reference
-from fusedbayes.nn.module import variational_parameters
+from fusedbayes.checks import check_module, describe
+from fusedbayes.nn.module import qualified_name, variational_parameters
 
 
 class KLRow(NamedTuple):
@@ -110,10 +111,10 @@ def gradient_balance(model: nn.Module, nll: Tensor, kl: Tensor) -> Report[Gradie
     """
     for name, value in (("nll", nll), ("kl", kl)):
         if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+            raise TypeError(f"{name} must be a tensor, got {describe(value)}")
         if value.dim() != 0 or not value.requires_grad:
-            has = "a" if value.requires_grad else "no"
-            raise ValueError(f"{name} must be a scalar with a gradient, got shape {tuple(value.shape)}, {has} gradient")
+            grad = "" if value.requires_grad else " without gradient"
+            raise ValueError(f"{name} must be a scalar with a gradient, got {describe(value)}{grad}")
     layers = list(_trainable(model))
     if not layers:
         raise ValueError("model has no parameter that requires grad")
@@ -134,8 +135,9 @@ def gradient_balance(model: nn.Module, nll: Tensor, kl: Tensor) -> Report[Gradie
 
 def _trainable(model: nn.Module) -> Iterator[tuple[str, list[nn.Parameter]]]:
     seen: set[int] = set()
-    for name, module in model.named_modules():
+    check_module(model)
+    for path, module in model.named_modules():
         owned = [p for p in module.parameters(recurse=False) if p.requires_grad and id(p) not in seen]
         seen.update(map(id, owned))
         if owned:
-            yield name, owned
+            yield qualified_name(path), owned

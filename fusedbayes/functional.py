@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fusedbayes import ops, reference
+from fusedbayes.checks import check_number, describe
 from fusedbayes.noise import Address, Role, as_sample, as_seed, check_coordinates, draw_seed
 
 Prior = tuple[float | Tensor, float | Tensor]
@@ -50,7 +51,7 @@ def gaussian_kl(
     Values inside tensors are not checked: that would wait for the device.
     """
     if not isinstance(mu, Tensor) or not mu.is_floating_point():
-        raise TypeError(f"mu must be a floating-point tensor, got {_describe(mu)}")
+        raise TypeError(f"mu must be a floating-point tensor, got {describe(mu)}")
     if (sigma is None) == (log_var is None):
         raise TypeError("give exactly one of sigma and log_var, got " + ("neither" if sigma is None else "both"))
     if reduction not in ("sum", "batchmean", "mean", "none"):
@@ -199,31 +200,9 @@ def _seed_and_sample(
     return draw_seed(device) if seed is None else as_seed(seed, device), sample
 
 
-def _describe(value: object) -> str:
-    return f"a tensor of dtype {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
-
-
 def _matrix(tensor: Tensor) -> Tensor:
     """2-D view for the operators; a scalar prior stays 0-d."""
     return tensor if tensor.dim() in (0, 2) else tensor.reshape(reference.matrix_shape(tensor))
-
-
-def check_number(value: float, name: str, *, positive: bool = False) -> float:
-    """Returns the number `value`; raises TypeError or ValueError unless it is finite and, if asked for, positive."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value) or (positive and value <= 0):
-        raise ValueError(f"{name} must be finite{' and positive' if positive else ''}, got {value}")
-    return float(value)
-
-
-def check_count(value: int, name: str) -> int:
-    """Returns the int `value`; raises TypeError or ValueError unless it is at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-    return value
 
 
 def _like(mu: Tensor, value: float | Tensor, name: str, *, positive: bool = False) -> Tensor:
@@ -269,7 +248,7 @@ def _fused_prior(mu: Tensor, prior: Prior, prefix: str) -> tuple[Tensor, Tensor]
 def _check_parameter(mu: Tensor, rho: Tensor, prefix: str) -> None:
     for name, value in ((f"{prefix}mu", mu), (f"{prefix}rho", rho)):
         if not isinstance(value, Tensor) or not value.is_floating_point():
-            raise TypeError(f"{name} must be a floating-point tensor, got {_describe(value)}")
+            raise TypeError(f"{name} must be a floating-point tensor, got {describe(value)}")
     if rho.dtype != mu.dtype:
         raise TypeError(f"{prefix}rho must have the dtype of {prefix}mu, {mu.dtype}, got {rho.dtype}")
     if rho.shape != mu.shape:
@@ -288,7 +267,7 @@ def check_linear(
     if (bias_mu is None) != (bias_rho is None):
         raise ValueError("bias_mu and bias_rho must be given together or not at all")
     if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(f"x must be a floating-point tensor, got {_describe(x)}")
+        raise TypeError(f"x must be a floating-point tensor, got {describe(x)}")
     if x.dim() == 0 or x.shape[-1] != weight_mu.shape[1]:
         raise ValueError(f"x must have shape (..., {weight_mu.shape[1]}) = (..., in_features), got {tuple(x.shape)}")
     if x.device != weight_mu.device:

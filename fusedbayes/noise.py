@@ -21,6 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fusedbayes.checks import describe
+
 ROUNDS = 7
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
@@ -93,7 +95,7 @@ def _as_int64(value: int | Tensor, name: str, low: int, end: int, device: torch.
             raise ValueError(f"{name} must be a 0-d tensor, got shape {tuple(value.shape)}")
         return value if device is None else value.to(device)
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int or a 0-d int64 tensor, got {type(value).__name__}")
+        raise TypeError(f"{name} must be an int or a 0-d int64 tensor, got {describe(value)}")
     if not low <= value < end:
         raise ValueError(f"{name} must lie in [{low}, {end}), got {value}")
     # Filled on the device: a copy from the host would wait for it.
@@ -210,7 +212,7 @@ def check_coordinates(
     values |= {"row_offset": row_offset, "column_offset": column_offset}
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
-            raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+            raise TypeError(f"{name} must be an int, got {describe(value)}")
         if value < 0:
             raise ValueError(f"{name} must not be negative, got {value}")
     for name, value, limit in (

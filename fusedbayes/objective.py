@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fusedbayes.functional import check_count
+from fusedbayes.checks import check_count, check_non_negative, describe
 from fusedbayes.nn.module import BayesModule, bayes_modules, variational_parameters
-from fusedbayes.schedules import Schedule, check_kl_weight
+from fusedbayes.schedules import Schedule
 
 
 def kl_loss(model: nn.Module) -> Tensor:
@@ -66,7 +66,8 @@ class ELBO(nn.Module):
         ``elbo(x, y)``: whatever `model` and `nll` take.
 
     Attributes:
-        step: training steps done, in the state_dict. Every call in training mode with gradients enabled counts as one.
+        step: what the schedule is asked for next, in the state_dict; a call in training mode with gradients enabled
+            counts as one step. It stays 0 without a schedule.
 
     Raises:
         TypeError: num_data or num_samples is not an int, or kl_weight neither a number nor callable.
@@ -86,9 +87,9 @@ class ELBO(nn.Module):
         check_count(num_data, "num_data")
         check_count(num_samples, "num_samples")
         if not callable(nll):
-            raise TypeError(f"nll must be callable as nll(output, target), got {type(nll).__name__}")
+            raise TypeError(f"nll must be callable as nll(output, target), got {describe(nll)}")
         if not callable(kl_weight):
-            check_kl_weight(kl_weight)
+            check_non_negative(kl_weight, "kl_weight")
         if next(bayes_modules(model), None) is None:
             raise ValueError("model has no Bayesian layer, so its KL is zero: convert it with fusedbayes.to_bayesian")
         self.model = model
@@ -110,13 +111,13 @@ class ELBO(nn.Module):
     def _mean_nll(self, x: Tensor, y: Tensor) -> Tensor:
         nll = self.nll(self.model(x), y)
         if not isinstance(nll, Tensor):
-            raise TypeError(f"nll must return a tensor, got {type(nll).__name__}")
+            raise TypeError(f"nll must return a tensor, got {describe(nll)}")
         return nll.mean()
 
     def _current_kl_weight(self) -> float:
         if not callable(self.kl_weight):
             return self.kl_weight
-        weight = check_kl_weight(self.kl_weight(self.step))
+        weight = check_non_negative(self.kl_weight(self.step), "kl_weight")
         if self.training and torch.is_grad_enabled():
             self.step += 1
         return weight

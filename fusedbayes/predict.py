@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fusedbayes.functional import check_count, check_number
+from fusedbayes.checks import check_count, check_non_negative, describe
 from fusedbayes.nn.module import (
     BayesModule,
     FrozenNoise,
@@ -112,8 +112,8 @@ class Prediction:
         Raises:
             ValueError: a negative number.
         """
-        if not isinstance(noise_sigma, Tensor) and check_number(noise_sigma, "noise_sigma") < 0.0:
-            raise ValueError(f"noise_sigma must not be negative, got {noise_sigma}")
+        if not isinstance(noise_sigma, Tensor):
+            check_non_negative(noise_sigma, "noise_sigma")
         spread = self.epistemic_std
         return torch.hypot(spread, torch.as_tensor(noise_sigma, dtype=spread.dtype, device=spread.device))
 
@@ -160,7 +160,7 @@ def predict(
             with frozen_sample(model, seed, sample=sample):
                 output = model(x)
             if not isinstance(output, Tensor):
-                raise TypeError(f"the model must return a tensor, got {type(output).__name__}: wrap it to pick one out")
+                raise TypeError(f"the model must return a tensor, got {describe(output)}: wrap it to pick one out")
             outputs.append(output)
     finally:
         for module, training in was_training:

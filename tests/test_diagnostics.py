@@ -148,10 +148,10 @@ def test_gradient_balance_keeps_graph_and_grad(balanced: tuple[Balanced, Tensor,
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (lambda model, nll, kl: (model, nll.item(), kl), TypeError, "^nll .*tensor.* float"),
-        (lambda model, nll, kl: (model, nll, kl.item()), TypeError, "^kl .*tensor.* float"),
+        (lambda model, nll, kl: (model, nll.item(), kl), TypeError, "^nll .*tensor.*float"),
+        (lambda model, nll, kl: (model, nll, kl.item()), TypeError, "^kl .*tensor.*float"),
         (lambda model, nll, kl: (model, nll.expand(3), kl), ValueError, r"^nll .*scalar.* \(3,\)"),
-        (lambda model, nll, kl: (model, nll, kl.detach()), ValueError, "^kl .*no gradient"),
+        (lambda model, nll, kl: (model, nll, kl.detach()), ValueError, "^kl .*without gradient"),
         (lambda model, nll, kl: (nn.ReLU(), nll, kl), ValueError, "^model .*requires grad"),
         (lambda model, nll, kl: (abs, nll, kl), TypeError, "^model .*Module"),
     ],

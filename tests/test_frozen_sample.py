@@ -145,13 +145,13 @@ def test_mean_mode_is_the_deterministic_model() -> None:
 @pytest.mark.parametrize(
     ("model", "arguments", "error", "message"),
     [
-        (network(), {"seed": "1"}, TypeError, "seed must be an int.*got str"),
-        (network(), {"seed": True}, TypeError, "seed must be an int.*got bool"),
-        (network(), {"seed": 1, "sample": -1}, ValueError, "sample must not be negative, got -1"),
+        (network(), {"seed": "1"}, TypeError, "seed must be an int.*got .*str"),
+        (network(), {"seed": True}, TypeError, "seed must be an int.*got .*bool"),
+        (network(), {"seed": 1, "sample": -1}, ValueError, "sample must lie in .*, got -1"),
         (network(), {"seed": 1, "sample": 2**32}, ValueError, f"sample must .*got {2**32}"),
-        (network(), {"seed": 1, "sample": 0.0}, TypeError, "sample must be an int, got float"),
+        (network(), {"seed": 1, "sample": 0.0}, TypeError, "sample must be an int or .*, got .*float"),
         (nn.ReLU(), {"seed": 1}, ValueError, "model has no Bayesian layer"),
-        (3, {"seed": 1}, TypeError, "model must be a .*Module, got int"),
+        (3, {"seed": 1}, TypeError, "model must be a .*Module, got .*int"),
     ],
     ids=["str seed", "bool seed", "negative sample", "huge sample", "float sample", "no layer", "no module"],
 )
@@ -164,5 +164,5 @@ def test_frozen_sample_errors(model: Any, arguments: dict[str, Any], error: type
 
 
 def test_mean_mode_errors() -> None:
-    with pytest.raises(TypeError, match=r"model must be a .*Module, got int"), mean_mode(3):  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"model must be a .*Module, got .*int"), mean_mode(3):  # type: ignore[arg-type]
         pass

@@ -80,11 +80,11 @@ class Pair(nn.Module):
     ("model", "arguments", "error", "message"),
     [
         (network(), {"num_samples": 0}, ValueError, "num_samples must be at least 1, got 0"),
-        (network(), {"num_samples": 2.0}, TypeError, "num_samples must be an int, got float"),
-        (network(), {"seed": 1.5}, TypeError, "seed must be an int.*got float"),
+        (network(), {"num_samples": 2.0}, TypeError, "num_samples must be an int, got .*float"),
+        (network(), {"seed": 1.5}, TypeError, "seed must be an int.*got .*float"),
         (network(), {"seed": 2**64}, ValueError, f"seed must lie in .*got {2**64}"),
         (network(), {"seed": torch.tensor([1, 2])}, ValueError, r"seed must be a 0-d tensor, got shape \(2,\)"),
-        (network(), {"seed": torch.tensor(1.0)}, TypeError, "seed must be an int64 tensor.*float32"),
+        (network(), {"seed": torch.tensor(1.0)}, TypeError, "seed must be an int or an int64 tensor.*float32"),
         (nn.Linear(5, 3), {}, ValueError, "model has no Bayesian layer"),
         (Pair(), {}, TypeError, "model must return a tensor, got tuple"),
         (abs, {}, TypeError, "model must be a .*Module, got builtin"),
@@ -182,7 +182,7 @@ def test_regression_errors() -> None:
     prediction = Prediction(torch.randn(3, 4, 1))
     with pytest.raises(ValueError, match=r"noise_sigma must not be negative, got -0\.5"):
         prediction.std(-0.5)
-    with pytest.raises(TypeError, match="noise_sigma must be a number, got str"):
+    with pytest.raises(TypeError, match=r"noise_sigma must be a number, got .*str"):
         prediction.std("0.5")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="num_samples of at least 2, got 1"):
         _ = Prediction(torch.randn(1, 4, 1)).epistemic_std

@@ -83,7 +83,8 @@ def trained() -> Trained:
 # Averaging n = AVERAGED * SAMPLES stochastic gradients of noise covariance S and curvature H leaves the optimum with
 # covariance H^-1 S H^-1 / n, whatever the steps (Polyak and Juditsky 1992). A sample's gradient with respect to mu is
 # noisy by (X^T X / s^2) sigma eps, at most P sigma eps: so mu is known to sigma_i / sqrt(n). For log(sigma_i) the noise
-# is at most eps_i * sum_j C_ij eps_j with C_ij = P_ij sigma_i sigma_j, of variance 1 + sum_j C_ij^2, and the curvature 2.
+# is at most eps_i * sum_j C_ij eps_j with C_ij = P_ij sigma_i sigma_j, of variance 1 + sum_j C_ij^2; the
+# curvature is 2.
 # On nine seeds the root mean square of the errors was 0.8 to 1.3 of these standard errors.
 STANDARD_ERRORS = 5.0
 

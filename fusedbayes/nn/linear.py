@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusedbayes import functional, reference
-from fusedbayes.functional import check_count, check_number
+from fusedbayes.checks import check_count, check_number, describe
 from fusedbayes.nn.module import BayesModule, FrozenNoise, MeanWeights
 
 ESTIMATORS = ("shared",)
@@ -72,7 +72,7 @@ class BayesLinear(BayesModule):
     ) -> None:
         super().__init__()
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise TypeError(f"dtype must be a floating-point dtype, got {dtype}")
+            raise TypeError(f"dtype must be a floating-point torch.dtype, got {describe(dtype)}")
         self.in_features = check_count(in_features, "in_features")
         self.out_features = check_count(out_features, "out_features")
         self.prior_mu = check_number(prior_mu, "prior_mu")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedbayes import functional
+from fusedbayes.checks import check_module, check_number
 from fusedbayes.noise import Address
 from fusedbayes.reference import GaussianParameter
 
@@ -108,7 +109,7 @@ class BayesModule(nn.Module):
         reference_mu = self.gaussian(name).mu
         for part, value, positive in (("prior_mu", mu, False), ("prior_sigma", sigma, True)):
             if not isinstance(value, Tensor):
-                functional.check_number(value, part, positive=positive)
+                check_number(value, part, positive=positive)
                 continue
             if not value.is_floating_point():
                 raise TypeError(f"{part} must be a number or a floating-point tensor, got dtype {value.dtype}")
@@ -157,10 +158,9 @@ class BayesModule(nn.Module):
         return f"prior_mu={values[0]}, prior_sigma={values[1]}"
 
 
-def check_module(model: nn.Module) -> None:
-    """Raises TypeError unless `model` is a module."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+def qualified_name(path: str) -> str:
+    """A module's name without the names that wrappers such as torch.compile's put into its path."""
+    return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
 
 
 def bayes_modules(model: nn.Module) -> Iterator[tuple[str, BayesModule]]:
@@ -170,7 +170,7 @@ def bayes_modules(model: nn.Module) -> Iterator[tuple[str, BayesModule]]:
         model = model.module
     for path, module in model.named_modules():
         if isinstance(module, BayesModule):
-            yield ".".join(part for part in path.split(".") if part not in _WRAPPERS), module
+            yield qualified_name(path), module
 
 
 def variational_parameters(model: nn.Module) -> Iterator[VariationalParameter]:

@@ -1,0 +1,47 @@
+"""Checks of arguments that several modules share; each error names the argument, its value and what was expected."""
+
+import math
+import reprlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def describe(value: Any) -> str:
+    """`value` as an error message shows it: a tensor by dtype and shape, a number or string by value and type."""
+    if isinstance(value, Tensor):
+        return f"a tensor of dtype {value.dtype} and shape {tuple(value.shape)}"
+    kind = type(value).__name__
+    return f"{reprlib.repr(value)} ({kind})" if isinstance(value, bool | int | float | str | torch.dtype) else kind
+
+
+def check_module(model: nn.Module) -> None:
+    """Raises TypeError unless `model` is a module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {describe(model)}")
+
+
+def check_count(value: int, name: str) -> int:
+    """Returns the int `value`; raises TypeError or ValueError unless it is at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {describe(value)}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return value
+
+
+def check_number(value: float, name: str, *, positive: bool = False) -> float:
+    """Returns the number `value`; raises TypeError or ValueError unless it is finite and, if asked for, positive."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {describe(value)}")
+    if not math.isfinite(value) or (positive and value <= 0):
+        raise ValueError(f"{name} must be finite{' and positive' if positive else ''}, got {value}")
+    return float(value)
+
+
+def check_non_negative(value: float, name: str) -> float:
+    """Returns the number `value`; raises TypeError or ValueError unless it is finite and not negative."""
+    if check_number(value, name) < 0.0:
+        raise ValueError(f"{name} must not be negative, got {value}")
+    return float(value)
