@@ -1,5 +1,6 @@
 """Random layers in the operators' argument order, and checks of kernels on them with derived tolerances."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from fusedbayes import kernels
 from fusedbayes.kernels import MatmulConfig
+from fusedbayes.noise import Address
 
 DTYPES = [
     pytest.param(torch.float32, id="fp32"),
@@ -31,7 +33,7 @@ EXTREME_WORDS = {
     (0xD3701535, 0x0D77C408, 0xB13FDBBA, 0x0F37F464): (0, 2**31, 2**32 - 1, 2**31 - 1),
     (0x82C6722C, 0x0A761ED6, 0x88970086, 0x82BE9B9B): (2**32 - 1, 0, 0, 2**30),
 }
-EXTREME_NORMALS = ((-6.763722, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 6.763722))
+EXTREME_NORMALS = ((-math.sqrt(66 * math.log(2)), 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, math.sqrt(66 * math.log(2))))
 
 Parameter = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
@@ -43,31 +45,42 @@ class Problem(NamedTuple):
     weight: Parameter  # mu, rho, prior_mu, prior_sigma
     bias: Parameter
     seed: Tensor
-    weight_address: tuple[int, int, int, int]
-    bias_address: tuple[int, int, int, int]
+    sample: Tensor | None
+    weight_address: Address
+    bias_address: Address
+    with_kl: bool
     grad_y: Tensor
     grad_kl: Tensor | None
 
     @property
+    def noise(self) -> tuple[Tensor, Tensor | None, Address]:
+        """Which noise the weight has, as the operators take it."""
+        return self.seed, self.sample, self.weight_address
+
+    @property
     def forward(self) -> tuple[Any, ...]:
         """Arguments of bayes_linear."""
-        return (self.x, *self.weight, *self.bias, self.seed, self.weight_address, self.bias_address)
+        return (self.x, *self.weight, *self.bias, *self.noise, self.bias_address, self.with_kl)
+
+    def sample_weight(self, dtype: torch.dtype) -> tuple[Any, ...]:
+        """Arguments of sample_weight."""
+        return (*self.weight, *self.noise, dtype, self.with_kl)
 
     @property
     def backward_input(self) -> tuple[Any, ...]:
         """Arguments of bayes_linear_backward_input."""
-        return (self.grad_y, *self.weight[:2], self.seed, self.weight_address)
+        return (self.grad_y, *self.weight[:2], *self.noise)
 
     @property
     def backward_weight(self) -> tuple[Any, ...]:
         """Arguments of bayes_linear_backward_weight."""
-        return (self.grad_y, self.grad_kl, self.x, *self.weight, self.seed, self.weight_address)
+        return (self.grad_y, self.grad_kl, self.x, *self.weight, *self.noise)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Problem":
         """The problem with `function` applied to each floating tensor."""
 
         def apply(value: Any) -> Any:
-            if isinstance(value, tuple):
+            if type(value) is tuple:
                 return tuple(apply(item) for item in value)
             return function(value) if isinstance(value, Tensor) and value.is_floating_point() else value
 
@@ -75,7 +88,8 @@ class Problem(NamedTuple):
 
     def to(self, device: str) -> "Problem":
         moved = self.map(lambda tensor: tensor.to(device))
-        return moved._replace(seed=self.seed.to(device))
+        sample = None if self.sample is None else self.sample.to(device)
+        return moved._replace(seed=self.seed.to(device), sample=sample)
 
     def exact(self) -> "Problem":
         """The same numbers on the CPU in float64, where the operators are PyTorch itself."""
@@ -89,8 +103,10 @@ def make_problem(
     parameter_dtype: torch.dtype = torch.float32,
     prior: str = "mixed",
     bias: bool = True,
-    weight_address: tuple[int, int, int, int] = (8, 0, 0, 0),
-    bias_address: tuple[int, int, int, int] = (9, 0, 0, 0),
+    with_kl: bool = True,
+    sample: int | None = 2,
+    weight_address: Address = Address(8),
+    bias_address: Address = Address(9),
 ) -> Problem:
     """Numbers of order one for (M, N, K) batch rows, outputs and inputs; sigma is about 0.15.
 
@@ -98,19 +114,22 @@ def make_problem(
         dtype: of x and grad_y.
         parameter_dtype: of mu, rho and the priors.
         prior: "none", "scalar", "per-weight", or "mixed": a scalar mean with a deviation for each weight.
+        with_kl: whether the KL is computed, if there is a prior.
+        sample: index of the Monte Carlo sample; None is the operators' shorthand for 0.
     """
     M, N, K = shape
+    with_kl = with_kl and prior != "none"
     return Problem(
         x=torch.randn(M, K, dtype=dtype),
         weight=make_parameter((N, K), parameter_dtype, prior),
         bias=make_parameter((N,), parameter_dtype, prior) if bias else (None,) * 4,
         seed=torch.tensor(-(2**62) - 12345),
+        sample=None if sample is None else torch.tensor(sample),
         weight_address=weight_address,
         bias_address=bias_address,
+        with_kl=with_kl,
         grad_y=torch.randn(M, N, dtype=dtype),
-        grad_kl=None
-        if prior == "none"
-        else torch.tensor(0.3, dtype=torch.promote_types(parameter_dtype, torch.float32)),
+        grad_kl=torch.tensor(0.3, dtype=torch.promote_types(parameter_dtype, torch.float32)) if with_kl else None,
     )
 
 
@@ -149,10 +168,10 @@ def check_bayes_linear(problem: Problem, config: MatmulConfig | None, device: st
     assert y.dtype == problem.x.dtype
     # One more term for the bias.
     assert_close(y, expected_y, terms=problem.x.shape[1] + 1, operands=y.dtype)
-    if problem.weight[2] is None:
-        assert kl.shape == (0,)
-    else:
+    if problem.with_kl:
         assert_kl_close(kl, expected_kl, weights=expected_y.shape[1] * (problem.x.shape[1] + 1))
+    else:
+        assert kl.shape == (0,)
 
 
 def check_input_gradient(problem: Problem, config: MatmulConfig | None, device: str) -> None:

@@ -93,20 +93,21 @@ def compiling(devices: Devices) -> Iterator[list[tuple[str, Any]]]:
 def launch_everything(case: Case) -> None:
     M, N, K = case.shape
     ragged = case.prior == "per-weight"
-    noise = on_gpu(dtype=torch.int64), (0, 0, 0, 3 if ragged else 0)
+    sample = None if case.prior == "none" else on_gpu(dtype=torch.int64)
+    noise = on_gpu(dtype=torch.int64), sample, (0, 0, 3 if ragged else 0)
     x, grad_y = on_gpu(M, K, dtype=case.dtype), on_gpu(M, N, dtype=case.dtype)
     mu, rho, grad_weight = on_gpu(N, K), on_gpu(N, K), on_gpu(N, K)
     priors = {"none": (None, None), "scalar": (on_gpu(), on_gpu()), "per-weight": (on_gpu(N, K), on_gpu(N, K))}
     prior, grad_kl = priors[case.prior], None if case.prior == "none" else on_gpu()
     bias = (on_gpu(N),) * 4 if ragged else (None,) * 4
-    kernels.bayes_linear(x, mu, rho, *prior, *bias, *noise, noise[1])
+    kernels.bayes_linear(x, mu, rho, *prior, *bias, *noise, noise[-1], case.prior != "none")
     kernels.bayes_linear_backward_input(grad_y, mu, rho, *noise)
     kernels.bayes_linear_backward_weight(grad_y, grad_kl, x, mu, rho, *prior, *noise)
     if ragged:  # what only the KL needs: neither a sample nor noise
         kernels.weight_kl(mu, rho, *prior)
-        kernels.sample_weight_backward(None, grad_kl, mu, rho, *prior, None, (0, 0, 0, 0))
+        kernels.sample_weight_backward(None, grad_kl, mu, rho, *prior, None, None, (0, 0, 0))
     elif case.elementwise:
-        kernels.sample_weight(mu, rho, *prior, *noise, case.dtype)
+        kernels.sample_weight(mu, rho, *prior, *noise, case.dtype, True)
         kernels.sample_weight_backward(grad_weight, grad_kl, mu, rho, *prior, *noise)
 
 

@@ -56,10 +56,10 @@ def test_priors_broadcast(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("shape", [(), (6,), (3, 5), (2, 3, 4)], ids=str)
 def test_sample_weight_of_any_shape(shape: tuple[int, ...]) -> None:
     mu, rho = torch.randn(2, *shape)
-    address = Address(stream=3, sample=1, row_offset=2, column_offset=5)
-    weight, kl = functional.sample_weight(mu, rho, seed=4, address=address, dtype=torch.float16)
+    address = Address(stream=3, row_offset=2, column_offset=5)
+    weight, kl = functional.sample_weight(mu, rho, seed=4, sample=1, address=address, dtype=torch.float16)
     assert kl is None
-    assert torch.equal(weight, reference.sample_weight(mu, rho, torch.tensor(4), address, torch.float16))
+    assert torch.equal(weight, reference.sample_weight(mu, rho, torch.tensor(4), 1, address, torch.float16))
 
 
 def test_a_permuted_parameter_is_sampled_like_a_contiguous_one() -> None:
@@ -80,12 +80,21 @@ def test_a_seed_is_drawn_from_the_generator_of_torch_unless_given() -> None:
     assert not torch.equal(first, second)
 
 
-def test_addresses_reach_the_noise() -> None:
+@pytest.mark.parametrize(
+    "where",
+    [{"weight_address": Address(40)}, {"bias_address": Address(40)}, {"sample": 1}, {"sample": torch.tensor(2)}],
+    ids=str,
+)
+def test_sample_and_addresses_reach_the_noise(where: dict[str, Any]) -> None:
     arguments = linear_arguments()
     y = functional.bayes_linear(**arguments, seed=2)[0]
-    for name in ("weight_address", "bias_address"):
-        moved = functional.bayes_linear(**arguments, seed=2, **{name: Address(stream=40)})[0]
-        assert not torch.allclose(y, moved)
+    assert torch.equal(functional.bayes_linear(**arguments, seed=2, sample=0)[0], y)
+    assert not torch.allclose(functional.bayes_linear(**arguments, seed=2, **where)[0], y)
+
+
+def test_without_kl_there_is_none() -> None:
+    prior = {"weight_prior": (0.0, 1.0), "bias_prior": (0.0, 1.0)}
+    assert functional.bayes_linear(**linear_arguments(), **prior, with_kl=False)[1] is None
 
 
 META = torch.empty(N, K, device="meta")
@@ -101,7 +110,7 @@ LEARNT = torch.ones((), requires_grad=True)
         ({"x": torch.ones(4, 6)}, ValueError, r"x must have shape \(\.\.\., 5\) .* got \(4, 6\)"),
         ({"x": META}, ValueError, "x must be on the device of weight_mu, cpu, got meta"),
         ({"x": torch.ones(4, K).double()}, TypeError, r"x must have the dtype of weight_mu, torch\.float32.*float64"),
-        ({"weight_mu": None}, TypeError, "weight_mu must be a floating-point tensor, got NoneType"),
+        ({"weight_mu": None}, TypeError, "weight_mu must be a floating-point tensor, got None"),
         ({"weight_rho": torch.ones(N, K).long()}, TypeError, r"weight_rho must be .* got .* torch\.int64"),
         ({"weight_rho": torch.ones(N, K).half()}, TypeError, r"weight_rho must have the dtype of weight_mu.*float16"),
         ({"weight_rho": torch.ones(K, N)}, ValueError, r"weight_rho must have the shape .* \(3, 5\), got \(5, 3\)"),
@@ -142,7 +151,8 @@ LEARNT = torch.ones((), requires_grad=True)
         ),
         ({"weight_address": Address(stream=-1)}, ValueError, "stream must not be negative, got -1"),
         ({"bias_address": Address(column_offset=2**34)}, ValueError, r"column_offset \+ columns must address less"),
-        ({"seed": 0.5}, TypeError, "seed must be an int or a 0-d int64 tensor, got float"),
+        ({"sample": -1}, ValueError, rf"sample must lie in \[0, {2**32}\), got -1"),
+        ({"seed": 0.5}, TypeError, "seed must be an int or a 0-d int64 tensor, got 0.5"),
     ],
 )
 def test_bayes_linear_names_a_bad_argument(change: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -153,11 +163,11 @@ def test_bayes_linear_names_a_bad_argument(change: dict[str, Any], error: type[E
 PRIOR_ERRORS = [
     (1.0, TypeError, r"prior must be a tuple \(prior_mu, prior_sigma\), got 1\.0"),
     ((0.0,), TypeError, r"prior must be a tuple .* got \(0\.0,\)"),
-    (("0", 1.0), TypeError, "prior_mu must be a number, got str"),
+    (("0", 1.0), TypeError, "prior_mu must be a number, got '0'"),
     ((float("nan"), 1.0), ValueError, "prior_mu must be finite, got nan"),
     ((0.0, 0), ValueError, "prior_sigma must be finite and positive, got 0"),
     ((0.0, float("inf")), ValueError, "prior_sigma must be finite and positive, got inf"),
-    ((0.0, True), TypeError, "prior_sigma must be a number, got bool"),
+    ((0.0, True), TypeError, "prior_sigma must be a number, got True"),
     ((torch.zeros((), dtype=torch.int64), 1.0), TypeError, r"prior_mu must be a floating-point .* torch\.int64"),
     ((0.0, torch.ones(N)), ValueError, r"prior_sigma must broadcast to the shape of mu, \(3, 5\), got \(3,\)"),
     ((0.0, torch.ones(2, N, K)), ValueError, r"prior_sigma must broadcast to .* \(3, 5\), got \(2, 3, 5\)"),
@@ -184,7 +194,7 @@ def test_bad_prior_is_named(function: Callable[[Any], Any], prior: Any, error: t
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"mu": 1.0, "sigma": 1.0}, TypeError, "mu must be a floating-point tensor, got float"),
+        ({"mu": 1.0, "sigma": 1.0}, TypeError, "mu must be a floating-point tensor, got 1.0"),
         ({"mu": torch.ones(2).int(), "sigma": 1.0}, TypeError, r"mu must be .* got a tensor of dtype torch\.int32"),
         ({}, TypeError, "exactly one of sigma and log_var, got neither"),
         ({"sigma": 1.0, "log_var": torch.zeros(2)}, TypeError, "exactly one of sigma and log_var, got both"),
@@ -194,7 +204,7 @@ def test_bad_prior_is_named(function: Callable[[Any], Any], prior: Any, error: t
         ({"log_var": torch.ones(3, 2)}, ValueError, r"log_var must broadcast .* \(2, 3\), got \(3, 2\)"),
         ({"log_var": torch.ones(3).int()}, TypeError, r"log_var must be a floating-point .* torch\.int32"),
         ({"sigma": 1.0, "prior_sigma": 0.0}, ValueError, r"prior_sigma must be finite and positive, got 0\.0"),
-        ({"sigma": 1.0, "prior_mu": "0"}, TypeError, "prior_mu must be a number, got str"),
+        ({"sigma": 1.0, "prior_mu": "0"}, TypeError, "prior_mu must be a number, got '0'"),
         (
             {"mu": torch.ones(()), "sigma": 1.0, "reduction": "batchmean"},
             ValueError,
@@ -223,8 +233,8 @@ def test_gaussian_kl_names_a_bad_argument(arguments: dict[str, Any], error: type
             id="sample_weight-prior",
         ),
         pytest.param(
-            lambda: functional.sample_weight(torch.ones(N, K), torch.ones(N, K), address=Address(sample=-1)),
-            id="sample_weight-address",
+            lambda: functional.sample_weight(torch.ones(N, K), torch.ones(N, K), sample=-1),
+            id="sample_weight-sample",
         ),
     ],
 )

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fusedbayes import kernels
 from fusedbayes.kernels import MatmulConfig, TileConfig
+from fusedbayes.noise import Address
 
 ops = torch.ops.fusedbayes
 
@@ -89,16 +90,15 @@ def check_sample_gradients(
     gradients = kernels.sample_weight_backward(
         *(None if c is None else c.to(device) for c in cotangents),
         *moved.weight,
-        # Without a sample there is no noise to draw again, hence no seed.
-        None if grad_weight is None else moved.seed,
+        # Where the sample was not used there is no noise to draw again, hence no need of a seed.
+        *((None, None) if grad_weight is None else (moved.seed, moved.sample)),
         problem.weight_address,
         config=config,
     )
     expected = ops.sample_weight_backward(
         *(None if c is None else c.double() for c in cotangents),
         *problem.exact().weight,
-        problem.seed,
-        problem.weight_address,
+        *problem.noise,
     )
     for gradient, exact in zip(gradients, expected, strict=True):
         assert gradient.dtype == problem.weight[0].dtype
@@ -109,11 +109,13 @@ def test_gradients_at_extreme_rho(kernel_device: str) -> None:
     K = len(EXTREME_RHO)
     parameter = torch.full((1, K), 0.5), torch.tensor([EXTREME_RHO]), torch.tensor(0.0), torch.tensor(0.1)
     cotangents = torch.ones(1, K), torch.tensor(0.3)
-    seed, address = torch.tensor(1), (0, 0, 0, 0)
+    seed = torch.tensor(1)
     gradients = kernels.sample_weight_backward(
-        *(tensor.to(kernel_device) for tensor in (*cotangents, *parameter, seed)), address
+        *(tensor.to(kernel_device) for tensor in (*cotangents, *parameter, seed)), None, Address()
     )
-    expected = ops.sample_weight_backward(*(tensor.double() for tensor in (*cotangents, *parameter)), seed, address)
+    expected = ops.sample_weight_backward(
+        *(tensor.double() for tensor in (*cotangents, *parameter)), seed, None, Address()
+    )
     for gradient, exact in zip(gradients, expected, strict=True):
         # Parts of order one, of which the noise is right to 1e-5; sigma's error is 88 times that of rho, or less.
         torch.testing.assert_close(gradient.cpu().double(), exact, rtol=100 * 2.0**-23, atol=2e-5)

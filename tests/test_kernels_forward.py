@@ -1,5 +1,7 @@
 """Forward kernels, interpreted or compiled, against the operators in PyTorch at double precision."""
 
+from typing import Any
+
 import pytest
 import torch
 from problems import (
@@ -15,6 +17,7 @@ from problems import (
 
 from fusedbayes import kernels, reference
 from fusedbayes.kernels import MatmulConfig, TileConfig
+from fusedbayes.noise import Address
 
 ops = torch.ops.fusedbayes
 
@@ -43,6 +46,12 @@ def test_priors_and_bias_of_bayes_linear(kernel_device: str, prior: str, bias: b
     check_bayes_linear(make_problem((5, 18, 19), prior=prior, bias=bias), config, kernel_device)
 
 
+@pytest.mark.parametrize("config", [SINGLE_PASS, SAMPLE_ONCE], ids=["single-pass", "sample-once"])
+@pytest.mark.parametrize("options", [{"with_kl": False}, {"sample": None}, {"sample": 2**32 - 1}], ids=str)
+def test_options_of_bayes_linear(kernel_device: str, options: dict[str, Any], config: MatmulConfig) -> None:
+    check_bayes_linear(make_problem((5, 18, 19), **options), config, kernel_device)
+
+
 @CONFIGS
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_16_bit_parameters_of_bayes_linear(kernel_device: str, dtype: torch.dtype, config: MatmulConfig | None) -> None:
@@ -54,10 +63,8 @@ def test_16_bit_parameters_of_bayes_linear(kernel_device: str, dtype: torch.dtyp
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sample_weight(kernel_device: str, dtype: torch.dtype, parameter_dtype: torch.dtype) -> None:
     problem = make_problem((1, 37, 41), parameter_dtype=parameter_dtype)
-    seed, address = problem.seed, problem.weight_address
-    moved = problem.to(kernel_device)
-    weight, kl = kernels.sample_weight(*moved.weight, moved.seed, address, dtype, config=TILE)
-    expected, expected_kl = ops.sample_weight(*problem.exact().weight, seed, address, torch.float64)
+    weight, kl = kernels.sample_weight(*problem.to(kernel_device).sample_weight(dtype), config=TILE)
+    expected, expected_kl = ops.sample_weight(*problem.exact().sample_weight(torch.float64))
     assert weight.dtype == dtype
     # However wide the sample is, it is rounded once: the noise's error is that of fp32.
     assert_close(weight, expected, terms=1, operands=torch.float32)
@@ -68,9 +75,8 @@ def test_sample_weight(kernel_device: str, dtype: torch.dtype, parameter_dtype: 
 @pytest.mark.parametrize("config", [TILE, None], ids=["small-tiles", "selected"])
 def test_shapes_of_sample_weight(kernel_device: str, shape: tuple[int, int], config: TileConfig | None) -> None:
     problem = make_problem((1, *shape), prior="none")
-    moved = problem.to(kernel_device)
-    weight, kl = kernels.sample_weight(*moved.weight, moved.seed, (8, 0, 0, 0), torch.float32, config=config)
-    expected, _ = ops.sample_weight(*problem.exact().weight, problem.seed, (8, 0, 0, 0), torch.float64)
+    weight, kl = kernels.sample_weight(*problem.to(kernel_device).sample_weight(torch.float32), config=config)
+    expected, _ = ops.sample_weight(*problem.exact().sample_weight(torch.float64))
     assert_close(weight, expected, terms=1, operands=torch.float32)
     assert kl.shape == (0,)
 
@@ -78,10 +84,9 @@ def test_shapes_of_sample_weight(kernel_device: str, shape: tuple[int, int], con
 @pytest.mark.parametrize("column_offset", [0, 1])
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0)], ids=str)
 def test_no_weights(kernel_device: str, shape: tuple[int, int], column_offset: int) -> None:
-    address = (8, 0, 0, column_offset)
-    problem = make_problem((2, *shape), prior="scalar", weight_address=address)
+    problem = make_problem((2, *shape), prior="scalar", weight_address=Address(8, column_offset=column_offset))
     moved = problem.to(kernel_device)
-    weight, kl = kernels.sample_weight(*moved.weight, moved.seed, address, torch.float32)
+    weight, kl = kernels.sample_weight(*moved.sample_weight(torch.float32))
     assert weight.shape == shape
     assert kl == 0
     assert kernels.weight_kl(*moved.weight) == 0
@@ -108,16 +113,16 @@ def test_16_bit_parameters_have_their_kl_in_fp32(kernel_device: str) -> None:
 def test_extreme_rho(kernel_device: str, rho: float) -> None:
     parameter = torch.tensor([[0.5]]), torch.tensor([[rho]]), torch.tensor(0.0), torch.tensor(0.1)
     moved = [tensor.to(kernel_device) for tensor in parameter]
-    seed, address = torch.tensor(1), (0, 0, 0, 0)
-    weight, kl = kernels.sample_weight(*moved, seed.to(kernel_device), address, torch.float32)
+    noise = torch.tensor(1), None, Address()
+    moved_noise = noise[0].to(kernel_device), *noise[1:]
+    weight, kl = kernels.sample_weight(*moved, *moved_noise, torch.float32, True)
     exact = [tensor.double() for tensor in parameter]
-    expected, expected_kl = ops.sample_weight(*exact, seed, address, torch.float64)
+    expected, expected_kl = ops.sample_weight(*exact, *noise, torch.float64, True)
     # The noise is right to 1e-5; mu + sigma eps is rounded once.
     atol = 1e-5 * reference.sigma_from_rho(exact[1]).item()
     torch.testing.assert_close(weight.cpu().double(), expected, rtol=2.0**-23, atol=atol)
     # Terms of order 100: four roundings, and sigma's own error, which exp makes 88 times that of rho.
     torch.testing.assert_close(kl.cpu().double(), expected_kl, rtol=2.0**-21, atol=100 * 2.0**-23)
-    linear_kl = kernels.bayes_linear(
-        torch.ones(1, 1, device=kernel_device), *moved, *(None,) * 4, seed.to(kernel_device), address, address
-    )[1]
+    x = torch.ones(1, 1, device=kernel_device)
+    _, linear_kl = kernels.bayes_linear(x, *moved, *(None,) * 4, *moved_noise, Address(), True)
     torch.testing.assert_close(linear_kl.cpu().double(), expected_kl, rtol=2.0**-21, atol=100 * 2.0**-23)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fusedbayes import BayesLinear, kernels, reference
 from fusedbayes.kernels import MatmulConfig
+from fusedbayes.noise import Address
 
 pytestmark = pytest.mark.gpu
 
@@ -42,7 +43,7 @@ def test_operators_on_cuda_equal_those_on_the_cpu(name: str, prior: str) -> None
     problem = make_problem((65, 130, 67), prior=prior)
     arguments: dict[str, Callable[..., tuple[object, ...]]] = {
         "bayes_linear": lambda p: p.forward,
-        "sample_weight": lambda p: (*p.weight, p.seed, p.weight_address, p.x.dtype),
+        "sample_weight": lambda p: p.sample_weight(p.x.dtype),
         "bayes_linear_backward_weight": lambda p: p.backward_weight,
     }
     operator, call = getattr(ops, name), arguments[name]
@@ -73,17 +74,18 @@ def test_weights_of_more_than_2_31_elements() -> None:
     require_memory(24)
     mu, rho = (torch.full((N, K), value, dtype=torch.float16, device="cuda") for value in (0.5, -1.0))
     prior = torch.tensor(0.0, device="cuda"), torch.tensor(1.0, device="cuda")
-    seed, rows = torch.tensor(3, device="cuda"), slice(N - 2, N)
+    noise, rows = (torch.tensor(3, device="cuda"), None, Address(8)), slice(N - 2, N)
     last = [mu[rows].cpu().double(), rho[rows].cpu().double()]
-    where = (seed.cpu(), (8, 0, N - 2, 0))
-    weight, kl = kernels.sample_weight(mu, rho, *prior, seed, (8, 0, 0, 0), torch.float16)
-    expected, expected_kl = ops.sample_weight(*last, *(t.cpu().double() for t in prior), *where, torch.float64)
+    last_noise = (torch.tensor(3), None, Address(8, row_offset=N - 2))
+    weight, kl = kernels.sample_weight(mu, rho, *prior, *noise, torch.float16, True)
+    exact_prior = (tensor.cpu().double() for tensor in prior)
+    expected, expected_kl = ops.sample_weight(*last, *exact_prior, *last_noise, torch.float64, True)
     assert_close(weight[rows], expected, terms=1, operands=torch.float32)
     # The roundings of a sum of equal numbers do not average out: 2^-24 for each addition in a chain, at most 2^7 long.
     torch.testing.assert_close(kl.cpu().double() / N, expected_kl / 2, rtol=2.0**-17, atol=0)
     # The sample serves as its own cotangent.
-    gradients = kernels.sample_weight_backward(weight, None, mu, rho, None, None, seed, (8, 0, 0, 0))
-    exact = ops.sample_weight_backward(weight[rows].cpu().double(), None, *last, None, None, *where)
+    gradients = kernels.sample_weight_backward(weight, None, mu, rho, None, None, *noise)
+    exact = ops.sample_weight_backward(weight[rows].cpu().double(), None, *last, None, None, *last_noise)
     for gradient, exact_gradient in zip(gradients, exact, strict=True):
         assert_close(gradient[rows], exact_gradient, terms=1, operands=torch.float32)
 

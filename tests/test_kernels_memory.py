@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from fusedbayes import kernels
 from fusedbayes.kernels import MatmulConfig, TileConfig
+from fusedbayes.noise import Address
 
 ops = torch.ops.fusedbayes
 
@@ -28,12 +29,12 @@ TILE = TileConfig(block_n=16, block_k=16)
 SINGLE_PASS = MatmulConfig(16, 16, 16)
 SAMPLE_ONCE = MatmulConfig(16, 16, 16, single_pass=False)
 
-# stream, sample, row_offset, column_offset: every column offset modulo 4, integers on both sides of 2^31 and the end.
+# Sample, stream, row_offset, column_offset: every column offset modulo 4, integers about 2^31, and the end.
 ADDRESSES = {
-    "small": (0, 0, 3, 1),
-    "across-int32": (1, 2**31, 2**31 - 9, 2**33 - 2),
+    "small": (1, 0, 3, 1),
+    "across-int32": (2**31, 2**31 - 1, 2**31 - 9, 2**33 - 2),
     "end": (2**32 - 1, 2**32 - 1, 2**32 - SHAPE[1], 2**34 - 1 - SHAPE[2]),
-    "column-3": (5, 3, 7, 3),
+    "column-3": (None, 5, 7, 3),
 }
 
 
@@ -66,12 +67,11 @@ def run_products(problem: Problem, config: MatmulConfig = SINGLE_PASS) -> Produc
 
 
 def run_samples(problem: Problem) -> Samples:
-    parameter, noise = problem.weight, (problem.seed, problem.weight_address)
     grad_weight = (problem.x.t() @ problem.grad_y).t()  # not contiguous
     return Samples(
-        *kernels.sample_weight(*parameter, *noise, torch.float32, config=TILE),
-        kernels.weight_kl(*parameter, config=TILE),
-        *kernels.sample_weight_backward(grad_weight, problem.grad_kl, *parameter, *noise, config=TILE),
+        *kernels.sample_weight(*problem.sample_weight(torch.float32), config=TILE),
+        kernels.weight_kl(*problem.weight, config=TILE),
+        *kernels.sample_weight_backward(grad_weight, problem.grad_kl, *problem.weight, *problem.noise, config=TILE),
     )
 
 
@@ -81,7 +81,7 @@ def check_all(problem: Problem, device: str) -> None:
     check_input_gradient(problem, SINGLE_PASS, device)
     check_weight_gradients(problem, SINGLE_PASS, device)
     actual, exact, (N, K) = run_samples(problem.to(device)), problem.exact(), problem.weight[0].shape
-    weight, kl = ops.sample_weight(*exact.weight, exact.seed, problem.weight_address, torch.float64)
+    weight, kl = ops.sample_weight(*exact.sample_weight(torch.float64))
     assert_close(actual.weight, weight, terms=1, operands=torch.float32)
     assert_kl_close(actual.kl, kl, weights=N * K)
     assert_kl_close(actual.kl_alone, kl, weights=N * K)
@@ -143,7 +143,7 @@ def bordered(tensor: Tensor, border: int, value: float) -> tuple[Tensor, Tensor]
 @pytest.mark.parametrize("column_offset", [0, 3])
 def test_nothing_out_of_bounds(kernel_device: str, column_offset: int) -> None:
     """Writes would show in the border of an output; reads in a result, as NaN; and inputs stay as they were."""
-    problem = make_problem(SHAPE, weight_address=(8, 0, 0, column_offset)).to(kernel_device)
+    problem = make_problem(SHAPE, weight_address=Address(8, column_offset=column_offset)).to(kernel_device)
     bordered_inputs = problem.map(lambda tensor: bordered(tensor, 512, math.nan)[1])
     with GuardedAllocations() as guard:
         results = (*run_products(bordered_inputs), *run_samples(bordered_inputs))
@@ -171,10 +171,13 @@ def test_layout_of_the_parameters_and_priors(kernel_device: str, layout: Callabl
 
 
 @pytest.mark.parametrize("address", ADDRESSES.values(), ids=ADDRESSES.keys())
-def test_addresses(kernel_device: str, address: tuple[int, int, int, int]) -> None:
-    stream, sample, _, column_offset = address
-    bias_address = (stream ^ 1, sample, 0, column_offset)  # SHAPE has more inputs than outputs: it fits
-    check_all(make_problem(SHAPE, weight_address=address, bias_address=bias_address), kernel_device)
+def test_addresses(kernel_device: str, address: tuple[int | None, int, int, int]) -> None:
+    sample, *weight = address
+    weight_address = Address(*weight)
+    # SHAPE has fewer outputs than inputs: the bias fits where the weight's columns do.
+    bias_address = Address(weight_address.stream ^ 1, column_offset=weight_address.column_offset)
+    problem = make_problem(SHAPE, sample=sample, weight_address=weight_address, bias_address=bias_address)
+    check_all(problem, kernel_device)
 
 
 @pytest.mark.parametrize("config", [SINGLE_PASS, SAMPLE_ONCE], ids=["single-pass", "sample-once"])
@@ -195,10 +198,10 @@ def weights_multiplied(problem: Problem, config: MatmulConfig | None) -> tuple[T
     )
 
 
-@pytest.mark.parametrize("address", [(8, 0, 0, 0), (8, 2, 5, 3)], ids=["origin", "shard"])
-def test_weights_do_not_depend_on_the_configuration(kernel_device: str, address: tuple[int, int, int, int]) -> None:
+@pytest.mark.parametrize("address", [Address(8), Address(8, 5, 3)], ids=["origin", "shard"])
+def test_weights_do_not_depend_on_the_configuration(kernel_device: str, address: Address) -> None:
     problem = make_problem(SHAPE, prior="none", weight_address=address).to(kernel_device)
-    arguments = (*problem.weight, problem.seed, address, torch.float32)
+    arguments = problem.sample_weight(torch.float32)
     tiles = (TileConfig(16, 16), TileConfig(1, 64), TileConfig(32, 4), None)
     sampled, *others = (kernels.sample_weight(*arguments, config=tile)[0] for tile in tiles)
     for other in others:
@@ -216,7 +219,7 @@ def test_a_shard_is_its_part_of_the_whole(kernel_device: str, rows: tuple[int, i
     shard = whole._replace(
         x=whole.x[:, part[1]],
         weight=tuple(tensor[part] for tensor in whole.weight),
-        weight_address=(8, 0, rows[0], columns[0]),
+        weight_address=Address(8, rows[0], columns[0]),
         grad_y=whole.grad_y[:, part[0]],
     )
     for weight, all_weights in zip(

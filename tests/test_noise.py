@@ -138,6 +138,11 @@ def test_a_seed_counts_by_its_64_bits(seed: int) -> None:
     assert torch.equal(noise.normal(seed, 2, 5), noise.normal(noise.as_seed(seed), 2, 5))
 
 
+def test_a_sample_may_be_a_tensor() -> None:
+    expected = noise.normal(3, 2, 5, sample=2**31 + 1)
+    assert torch.equal(noise.normal(3, 2, 5, sample=torch.tensor(2**31 + 1)), expected)
+
+
 def test_draw_seed_follows_the_generator_of_torch() -> None:
     torch.manual_seed(1)
     first, second = noise.draw_seed(), noise.draw_seed()
@@ -156,22 +161,28 @@ def test_draw_seed_follows_the_generator_of_torch() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"seed": 1.5}, TypeError, "seed must be an int or a 0-d int64 tensor, got float"),
-        ({"seed": True}, TypeError, "seed must be .* got bool"),
-        ({"seed": torch.tensor(1, dtype=torch.int32)}, TypeError, r"seed must be an int64 .* got .* torch\.int32"),
+        ({"seed": 1.5}, TypeError, "seed must be an int or a 0-d int64 tensor, got 1.5"),
+        ({"seed": True}, TypeError, "seed must be .* got True"),
+        (
+            {"seed": torch.tensor(1, dtype=torch.int32)},
+            TypeError,
+            r"seed must be an int or an int64 .* got .* torch\.int32",
+        ),
         ({"seed": torch.tensor([1, 2])}, ValueError, r"seed must be a 0-d tensor, got shape \(2,\)"),
         ({"seed": 2**64}, ValueError, f"seed must lie in .* got {2**64}"),
         ({"seed": -(2**63) - 1}, ValueError, f"seed must lie in .* got {-(2**63) - 1}"),
         ({"dtype": torch.float16}, TypeError, r"dtype must be torch\.float32 or torch\.float64, got torch\.float16"),
-        ({"rows": 2.0}, TypeError, "rows must be an int, got float"),
-        ({"columns": True}, TypeError, "columns must be an int, got bool"),
+        ({"rows": 2.0}, TypeError, "rows must be an int, got 2.0"),
+        ({"columns": True}, TypeError, "columns must be an int, got True"),
         ({"rows": -1}, ValueError, "rows must not be negative, got -1"),
         ({"columns": -2}, ValueError, "columns must not be negative, got -2"),
         ({"row_offset": -3}, ValueError, "row_offset must not be negative, got -3"),
         ({"column_offset": -4}, ValueError, "column_offset must not be negative, got -4"),
-        ({"sample": -5}, ValueError, "sample must not be negative, got -5"),
-        ({"stream": "0"}, TypeError, "stream must be an int, got str"),
-        ({"sample": 2**32}, ValueError, rf"sample must address less than 2\*\*32, got {2**32}"),
+        ({"sample": 0.0}, TypeError, "sample must be an int or a 0-d int64 tensor, got 0.0"),
+        ({"sample": torch.ones(1, dtype=torch.int64)}, ValueError, r"sample must be a 0-d tensor, got shape \(1,\)"),
+        ({"sample": -5}, ValueError, rf"sample must lie in \[0, {2**32}\), got -5"),
+        ({"stream": "0"}, TypeError, "stream must be an int, got '0'"),
+        ({"sample": 2**32}, ValueError, rf"sample must lie in \[0, {2**32}\), got {2**32}"),
         ({"stream": 2**32}, ValueError, rf"stream must address less than 2\*\*32, got {2**32}"),
         ({"row_offset": 2**32 - 1}, ValueError, rf"row_offset \+ rows must address less than 2\*\*32, got {2**32}"),
         (

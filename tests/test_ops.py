@@ -16,14 +16,14 @@ ops = torch.ops.fusedbayes
 
 # The arguments of each operator for a problem; what follows a colon tells the calls of one operator apart.
 DIFFERENTIABLE: dict[str, Callable[[Problem], Sequence[Any]]] = {
-    "sample_weight": lambda p: (*p.weight, p.seed, p.weight_address, p.x.dtype),
+    "sample_weight": lambda p: p.sample_weight(p.x.dtype),
     "weight_kl": lambda p: p.weight,
     "bayes_linear": lambda p: p.forward,
 }
 BACKWARD: dict[str, Callable[[Problem], Sequence[Any]]] = {
-    "sample_weight_backward:both": lambda p: (p.weight[0], p.grad_kl, *p.weight, p.seed, p.weight_address),
-    "sample_weight_backward:weight": lambda p: (p.weight[0], None, *p.weight, p.seed, p.weight_address),
-    "sample_weight_backward:kl": lambda p: (None, p.grad_kl, *p.weight, None, p.weight_address),
+    "sample_weight_backward:both": lambda p: (p.weight[0], p.grad_kl, *p.weight, *p.noise),
+    "sample_weight_backward:weight": lambda p: (p.weight[0], None, *p.weight, *p.noise),
+    "sample_weight_backward:kl": lambda p: (None, p.grad_kl, *p.weight, None, None, p.weight_address),
     "bayes_linear_backward_input": lambda p: p.backward_input,
     "bayes_linear_backward_weight": lambda p: p.backward_weight,
 }
@@ -73,10 +73,15 @@ def reference_kl(*parameters: Parameter) -> Tensor:
     return sum(reference.weight_kl(GaussianParameter(*parameter)) for parameter in given)
 
 
+def reference_noise(problem: Problem) -> tuple[Tensor, Tensor | int, Address]:
+    return problem.seed, 0 if problem.sample is None else problem.sample, problem.weight_address
+
+
 def reference_results(problem: Problem) -> tuple[Tensor, Tensor | None]:
-    addresses = Address(*problem.weight_address), Address(*problem.bias_address)
-    y = reference.bayes_linear(problem.x, *problem.weight[:2], *problem.bias[:2], problem.seed, *addresses)
-    return y, None if problem.grad_kl is None else reference_kl(problem.weight, problem.bias)
+    y = reference.bayes_linear(
+        problem.x, *problem.weight[:2], *problem.bias[:2], *reference_noise(problem), problem.bias_address
+    )
+    return y, reference_kl(problem.weight, problem.bias) if problem.with_kl else None
 
 
 def check_gradients(problem: Problem, used: str, needed: Sequence[str]) -> None:
@@ -102,7 +107,7 @@ def check_gradients(problem: Problem, used: str, needed: Sequence[str]) -> None:
     ("prior", "used"), [("none", "y"), *((prior, used) for prior in PRIORS[1:] for used in ("y", "kl", "both"))]
 )
 def test_gradients_are_those_of_the_reference(prior: str, used: str, bias: bool, shape: tuple[int, int, int]) -> None:
-    addresses = {"weight_address": (8, 1, 2, 3), "bias_address": (9, 1, 0, 2)}
+    addresses = {"weight_address": Address(8, 2, 3), "bias_address": Address(9, column_offset=2)}
     needed = ALL_INPUTS[1:] if used == "kl" else ALL_INPUTS
     check_gradients(double_problem(shape, prior=prior, bias=bias, **addresses), used, needed)
 
@@ -128,16 +133,17 @@ def test_gradients_of_sample_weight_are_those_of_the_reference(prior: str, used:
         loss = sum(losses.values()) if used == "both" else losses[used]
         return [loss.detach(), *torch.autograd.grad(loss, (mu, rho))]
 
-    weight = reference.sample_weight(mu, rho, problem.seed, Address(*problem.weight_address))
+    weight = reference.sample_weight(mu, rho, *reference_noise(problem))
     expected = run(weight, reference_kl(problem.weight))
-    actual = run(*ops.sample_weight(*problem.weight, problem.seed, problem.weight_address, torch.float64))
+    actual = run(*ops.sample_weight(*problem.sample_weight(torch.float64)))
     torch.testing.assert_close(actual, expected, rtol=1e-13, atol=1e-13)
     if used == "kl":
         torch.testing.assert_close(run(weight, ops.weight_kl(*problem.weight)), expected, rtol=1e-13, atol=1e-13)
 
 
-def test_without_a_prior_there_is_no_kl() -> None:
-    problem = double_problem(prior="none")
+@pytest.mark.parametrize("options", [{"prior": "none"}, {"with_kl": False}], ids=["no-prior", "not-wanted"])
+def test_a_kl_that_is_not_computed_has_no_gradient(options: dict[str, Any]) -> None:
+    problem = double_problem(**options)
     leaves(problem, ALL_INPUTS)
     for name in ("sample_weight", "bayes_linear"):
         result, kl = getattr(ops, name)(*OPERATORS[name](problem))
@@ -146,8 +152,9 @@ def test_without_a_prior_there_is_no_kl() -> None:
         assert not kl.requires_grad
 
 
+@pytest.mark.parametrize("with_kl", [True, False], ids=["kl", "no-kl"])
 @pytest.mark.parametrize("leading", [(6,), (2, 3)], ids=str)
-def test_backward_keeps_nothing_but_its_inputs_and_the_seed(leading: tuple[int, ...]) -> None:
+def test_backward_keeps_nothing_but_its_inputs_and_the_seed(leading: tuple[int, ...], with_kl: bool) -> None:
     problem = make_problem((6, 33, 65), prior="per-weight")
     inputs = leaves(problem, ALL_INPUTS)
     kept: list[Tensor] = []
@@ -158,15 +165,18 @@ def test_backward_keeps_nothing_but_its_inputs_and_the_seed(leading: tuple[int, 
             *problem.bias[:2],
             weight_prior=problem.weight[2:],
             bias_prior=problem.bias[2:],
+            with_kl=with_kl,
         )
+    # As many with the KL as without: a checkpointed forward may be repeated without it.
+    assert len(kept) == 10
     existing = {tensor.untyped_storage().data_ptr() for tensor in (*inputs.values(), *problem.weight, *problem.bias)}
     new = [tensor for tensor in kept if tensor.untyped_storage().data_ptr() not in existing]
     assert [(tensor.shape, tensor.dtype) for tensor in new] == [((), torch.int64)]
     assert sum(tensor.untyped_storage().nbytes() for tensor in new) == 8
     # Nor does a node of the graph hold a tensor by another road.
-    nodes = [y.grad_fn, kl.grad_fn, *(node for node, _ in y.grad_fn.next_functions)]
+    nodes = [y.grad_fn, *(node for node, _ in y.grad_fn.next_functions)]
     assert not any(isinstance(value, Tensor) for node in nodes for value in getattr(node, "__dict__", {}).values())
-    torch.autograd.backward([y.sum(), kl])  # and that is enough for it
+    (y.sum() + (kl if with_kl else 0.0)).backward()  # and that is enough for it
 
 
 @pytest.mark.parametrize("power", [1, 2], ids=["linear", "quadratic"])

@@ -97,9 +97,9 @@ def test_weight_kl_sums_the_kl_of_softplus_rho() -> None:
 
 
 def test_gradcheck_of_sample_weight() -> None:
-    address = Address(stream=3, sample=1, row_offset=5, column_offset=2)
+    noise = SEED, 1, Address(stream=3, row_offset=5, column_offset=2)
     assert torch.autograd.gradcheck(
-        lambda mu, rho: reference.sample_weight(mu, rho, SEED, address), (double(3, 5), double(3, 5))
+        lambda mu, rho: reference.sample_weight(mu, rho, *noise), (double(3, 5), double(3, 5))
     )
 
 
@@ -158,14 +158,15 @@ def test_rho_from_sigma_inverts_softplus(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("shape", [(6,), (3, 5), (2, 3, 4)], ids=str)
 def test_sampled_weight_is_float64_exact(shape: tuple[int, ...]) -> None:
     mu, rho = torch.randn(2, *shape, dtype=torch.float64)
-    address = Address(stream=4, sample=2, row_offset=1, column_offset=3)
+    address = Address(stream=4, row_offset=1, column_offset=3)
     columns = math.prod(shape[1:]) if len(shape) > 1 else shape[0]
     rows = shape[0] if len(shape) > 1 else 1
-    eps = fusedbayes.noise.normal(SEED, rows, columns, **address._asdict(), dtype=torch.float64).view(shape)
+    where = {"sample": 2} | address._asdict()
+    eps = fusedbayes.noise.normal(SEED, rows, columns, **where, dtype=torch.float64).view(shape)
     exact = mu + rho.exp().log1p() * eps
-    weight = reference.sample_weight(mu, rho, SEED, address)
+    weight = reference.sample_weight(mu, rho, SEED, 2, address)
     torch.testing.assert_close(weight, exact, rtol=4e-15, atol=4e-15)
-    single = reference.sample_weight(mu.float(), rho.float(), SEED, address)
+    single = reference.sample_weight(mu.float(), rho.float(), SEED, 2, address)
     assert single.dtype == torch.float32
     # |eps| < 5 is right to 1e-5, by contract, and sigma below 5.
     torch.testing.assert_close(single.double(), exact, rtol=0, atol=5e-5)
@@ -193,9 +194,9 @@ def test_sampled_weights_have_mean_mu_and_deviation_sigma() -> None:
 def test_bayes_linear_multiplies_by_the_sampled_weights(bias: bool) -> None:
     x, mu, rho = double(2, 4, 5), double(3, 5), double(3, 5)
     bias_parameter = (double(3), double(3)) if bias else (None, None)
-    addresses = Address(stream=8, column_offset=2), Address(stream=9, sample=1)
-    y = reference.bayes_linear(x, mu, rho, *bias_parameter, SEED, *addresses)
-    expected = torch.einsum("bik,nk->bin", x, reference.sample_weight(mu, rho, SEED, addresses[0]))
+    addresses = Address(stream=8, column_offset=2), Address(stream=9)
+    y = reference.bayes_linear(x, mu, rho, *bias_parameter, SEED, 1, *addresses)
+    expected = torch.einsum("bik,nk->bin", x, reference.sample_weight(mu, rho, SEED, 1, addresses[0]))
     if bias:
-        expected = expected + reference.sample_weight(*bias_parameter, SEED, addresses[1])
+        expected = expected + reference.sample_weight(*bias_parameter, SEED, 1, addresses[1])
     torch.testing.assert_close(y, expected, rtol=1e-14, atol=1e-14)
