@@ -138,7 +138,7 @@ def plot_entropies(evaluations: list[Evaluation], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "output", help="where figures go")
-    parser.add_argument("--epochs", type=int, default=120, help="passes over the training set (default 120)")
+    parser.add_argument("--epochs", type=int, default=80, help="passes over the training set (default 80)")
     parser.add_argument("--seed", type=int, default=0, help="of data split, initialisation and noise (default 0)")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)

@@ -119,6 +119,9 @@ def is_scalar(tensor: Tensor | None) -> bool:
 
 
 def _tiles(shape: torch.Size, address: Sequence[int], config: TileConfig) -> int:
+    """Programs of a launch; none for a tensor without elements."""
+    if 0 in shape:
+        return 0
     return triton.cdiv(shape[0], config.block_n) * triton.cdiv(shape[1] + address[2] % 4, config.block_k)
 
 

@@ -112,7 +112,7 @@ def repeated_element(tensor: Tensor) -> Tensor:
 class GuardedAllocations(TorchFunctionMode):
     """Gives every `new_empty` a border on both sides, which `check` finds untouched or not."""
 
-    BORDER, SENTINEL = 512, 123.0  # wider than a row of SHAPE; a power of two keeps the pointer's alignment
+    BORDER, SENTINEL = 4096, 123.0  # wider than a tile; a power of two keeps the pointer's alignment
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ def bordered(tensor: Tensor, border: int, value: float) -> tuple[Tensor, Tensor]
 def test_nothing_out_of_bounds(kernel_device: str, column_offset: int) -> None:
     """Writes would show in the border of an output; reads in a result, as NaN; and inputs stay as they were."""
     problem = make_problem(SHAPE, weight_address=Address(8, column_offset=column_offset)).to(kernel_device)
-    bordered_inputs = problem.map(lambda tensor: bordered(tensor, 512, math.nan)[1])
+    bordered_inputs = problem.map(lambda tensor: bordered(tensor, GuardedAllocations.BORDER, math.nan)[1])
     with GuardedAllocations() as guard:
         results = (*run_products(bordered_inputs), *run_samples(bordered_inputs))
     guard.check()

@@ -45,8 +45,10 @@ class _Operator(torch.autograd.Function):
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         used = [(o, g) for o, g in zip(outputs, grad_outputs, strict=True) if g is not None and o.requires_grad]
         wanted = [argument for argument, needed in zip(arguments, ctx.needs_input_grad, strict=True) if needed]
-        values, seeds = zip(*used, strict=True)
-        grads = iter(torch.autograd.grad(values, wanted, seeds, create_graph=True, allow_unused=True))
+        if not used:
+            return (None,) * len(ctx.needs_input_grad)
+        values, cotangents = zip(*used, strict=True)
+        grads = iter(torch.autograd.grad(values, wanted, cotangents, create_graph=True, allow_unused=True))
         return tuple(next(grads) if needed else None for needed in ctx.needs_input_grad)
 
 

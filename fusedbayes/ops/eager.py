@@ -27,7 +27,8 @@ def sample_weight(
     with_kl: bool,
 ) -> tuple[Tensor, Tensor]:
     weight = reference.sample_weight(mu, rho, seed, _or_zero(sample), Address(*address), dtype)
-    return weight, weight_kl(mu, rho, prior_mu, prior_sigma) if with_kl else _no_kl(mu)
+    # Row-major like the kernels' and the fake, even if mu is not.
+    return weight.contiguous(), weight_kl(mu, rho, prior_mu, prior_sigma) if with_kl else _no_kl(mu)
 
 
 def sample_weight_backward(
