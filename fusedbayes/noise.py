@@ -14,7 +14,6 @@ Source: Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2
 BigCrush from seven rounds on); Box and Muller, "A note on the generation of random normal deviates", 1958.
 """
 
-import enum
 import math
 from typing import NamedTuple
 
@@ -31,8 +30,11 @@ _MASK = 0xFFFFFFFF
 _CHUNK_WORDS = 1 << 16
 
 
-class Role(enum.IntEnum):
-    """What a stream is for. A stream's number is ``8 * layer + role``, where only `frozen_sample` sets ``layer``."""
+class Role:
+    """What a stream is for. A stream's number is ``8 * layer + role``, where only `frozen_sample` sets ``layer``.
+
+    Plain integers, because torch.compile does not compare the members of an enumeration (torch 2.11).
+    """
 
     WEIGHT = 0
     BIAS = 1
