@@ -2,6 +2,7 @@
 
 import math
 import reprlib
+from numbers import Integral, Number, Real
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ def describe(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of dtype {value.dtype} and shape {tuple(value.shape)}"
     kind = type(value).__name__
-    return f"{reprlib.repr(value)} ({kind})" if isinstance(value, bool | int | float | str | torch.dtype) else kind
+    return f"{reprlib.repr(value)} ({kind})" if isinstance(value, bool | Number | str | torch.dtype) else kind
 
 
 def check_module(model: nn.Module) -> None:
@@ -23,17 +24,17 @@ def check_module(model: nn.Module) -> None:
 
 
 def check_count(value: int, name: str) -> int:
-    """Returns the int `value`; raises TypeError or ValueError unless it is at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    """Returns the int `value`, NumPy's too; raises TypeError or ValueError unless it is at least 1."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an int, got {describe(value)}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
-    return value
+    return int(value)
 
 
 def check_number(value: float, name: str, *, positive: bool = False) -> float:
     """Returns the number `value`; raises TypeError or ValueError unless it is finite and, if asked for, positive."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {describe(value)}")
     if not math.isfinite(value) or (positive and value <= 0):
         raise ValueError(f"{name} must be finite{' and positive' if positive else ''}, got {value}")

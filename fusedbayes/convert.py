@@ -32,7 +32,7 @@ def to_bayesian(
     prior_sigma: float | None = None,
     sigma_init: float | None = None,
     init: Literal["mean", "moped"] = "mean",
-    delta: float = 0.1,
+    delta: float | None = None,
     estimator: str = "shared",
 ) -> nn.Module:
     """Replaces every `torch.nn.Linear` of `model` by a `BayesLinear`, in place.
@@ -51,7 +51,8 @@ def to_bayesian(
         init: "mean" (default): prior and sigma from the arguments. "moped": the prior means become a copy of the
             weights, and sigma = delta * |w| (Krishnan, Subedar and Tickoo, "Specifying weight priors in Bayesian deep
             neural networks with empirical Bayes", AAAI 2020); for a network that is trained already.
-        delta: for "moped", the ratio sigma / |w| (default 0.1).
+        delta: for "moped", the ratio sigma / |w| (None means 0.1). Sigma is at least 1e-6, so that it can still be
+            learnt where a weight is exactly 0.
 
     Returns:
         `model`, or the replacement of a root that is an nn.Linear.
@@ -63,9 +64,12 @@ def to_bayesian(
     """
     if init not in ("mean", "moped"):
         raise ValueError(f"init must be 'mean' or 'moped', got {init!r}")
-    check_number(delta, "delta", positive=True)
-    if init == "moped" and (sigma_init is not None or prior_mu != 0.0):
-        raise ValueError("init='moped' sets prior_mu and sigma from the weights: leave prior_mu and sigma_init out")
+    if init == "moped":
+        delta = check_number(0.1 if delta is None else delta, "delta", positive=True)
+        if sigma_init is not None or prior_mu != 0.0:
+            raise ValueError("init='moped' sets prior_mu and sigma from the weights: leave prior_mu and sigma_init out")
+    elif delta is not None:
+        raise ValueError(f"delta is for init='moped', got delta={delta} with init={init!r}")
     options = {"prior_mu": prior_mu, "prior_sigma": prior_sigma, "sigma_init": sigma_init, "estimator": estimator}
     # Everything that can fail happens before the first replacement.
     sources = _random_tensors(model)
@@ -73,7 +77,7 @@ def to_bayesian(
     for linear in _select(model, nn.Linear, where):
         if init == "moped" and linear.weight.is_meta:
             raise ValueError("init='moped' needs the values of the weights, but some are on the meta device")
-        replacements[linear] = _bayesian_linear(linear, options, delta if init == "moped" else None, sources)
+        replacements[linear] = _bayesian_linear(linear, options, delta, sources)
     return _replace(model, replacements)
 
 
@@ -172,7 +176,7 @@ def _bayesian_linear(
             continue
         layer.set_prior(layer.prior_mu if delta is None else mean, layer.prior_sigma, name)
         values = mean.detach().to(reference.compute_dtype(mean))
-        sigma = torch.full_like(values, layer.sigma_init) if delta is None else delta * values.abs()
+        sigma = torch.full_like(values, layer.sigma_init) if delta is None else (delta * values.abs()).clamp(min=1e-6)
         rho = reference.rho_from_sigma(sigma).to(mean.dtype)
         setattr(layer, f"{name}_rho", nn.Parameter(rho, requires_grad=mean.requires_grad))
     return layer

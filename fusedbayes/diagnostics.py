@@ -122,7 +122,7 @@ def gradient_balance(model: nn.Module, nll: Tensor, kl: Tensor) -> Report[Gradie
     norms = []
     for term in (nll, kl):
         grads = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
-        norms.append([0.0 if grad is None else grad.float().norm().item() for grad in grads])
+        norms.append([0.0 if grad is None else grad.to(reference.compute_dtype(grad)).norm().item() for grad in grads])
     rows, start = [], 0
     for name, owned in layers:
         end = start + len(owned)

@@ -58,12 +58,13 @@ def gaussian_kl(
         raise ValueError(f"reduction must be 'sum', 'batchmean', 'mean' or 'none', got {reduction!r}")
     if reduction == "batchmean" and (mu.dim() == 0 or mu.shape[0] == 0):
         raise ValueError(f"reduction 'batchmean' needs a non-empty first dimension, got mu of shape {tuple(mu.shape)}")
+    log_sigma = None
     if log_var is not None:
-        sigma = torch.exp(0.5 * _like(mu, log_var, "log_var"))
+        log_sigma = 0.5 * _like(mu, log_var, "log_var").to(reference.compute_dtype(mu))
+        sigma = log_sigma.exp()
     assert sigma is not None
     sigma = _like(mu, sigma, "sigma", positive=True)
-    prior = _prior_tensors(mu, (prior_mu, prior_sigma), "")
-    kl = reference.gaussian_kl(mu, sigma, *prior)
+    kl = reference.gaussian_kl(mu, sigma, *_prior_tensors(mu, (prior_mu, prior_sigma), ""), log_sigma)
     if reduction == "sum":
         return kl.sum()
     if reduction == "mean":
@@ -121,7 +122,9 @@ def sample_weight(
         ValueError: shapes or devices differ, prior_sigma as a number is not positive, or the address is out of range.
     """
     _check_parameter(mu, rho, "")
-    check_coordinates(*reference.matrix_shape(mu), **address._asdict())
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype must be a floating-point torch.dtype, got {describe(dtype)}")
+    _check_address(address, "address", *reference.matrix_shape(mu))
     priors = () if prior is None else _fused_prior(mu, prior, "")
     mu_2d, rho_2d, *priors_2d = (_matrix(t) for t in (mu, rho, *priors))
     noise = (*_seed_and_sample(seed, sample, mu.device), address)
@@ -178,9 +181,9 @@ def bayes_linear(
         raise ValueError("bias_prior must be given exactly when there is a bias and a weight_prior")
     if weight_prior is None and bias_prior is not None:
         raise ValueError("bias_prior is given without weight_prior: the KL needs both")
-    check_coordinates(*weight_mu.shape, **weight_address._asdict())
+    _check_address(weight_address, "weight_address", *weight_mu.shape)
     if bias_mu is not None:
-        check_coordinates(1, bias_mu.numel(), **bias_address._asdict())
+        _check_address(bias_address, "bias_address", 1, bias_mu.numel())
     weight_priors = (None, None) if weight_prior is None else _fused_prior(weight_mu, weight_prior, "weight_")
     bias_priors: tuple[Tensor | None, Tensor | None] = (None, None)
     if bias_mu is not None and bias_prior is not None:
@@ -203,6 +206,12 @@ def _seed_and_sample(
 def _matrix(tensor: Tensor) -> Tensor:
     """2-D view for the operators; a scalar prior stays 0-d."""
     return tensor if tensor.dim() in (0, 2) else tensor.reshape(reference.matrix_shape(tensor))
+
+
+def _check_address(address: Address, name: str, rows: int, columns: int) -> None:
+    if not isinstance(address, Address):
+        raise TypeError(f"{name} must be a fusedbayes.noise.Address, got {describe(address)}")
+    check_coordinates(rows, columns, **address._asdict())
 
 
 def _like(mu: Tensor, value: float | Tensor, name: str, *, positive: bool = False) -> Tensor:
@@ -235,14 +244,20 @@ def _prior_tensors(mu: Tensor, prior: Prior, prefix: str) -> tuple[Tensor, Tenso
 
 def _fused_prior(mu: Tensor, prior: Prior, prefix: str) -> tuple[Tensor, Tensor]:
     """The prior as the operators take it: each tensor 0-d or of mu's shape."""
-    tensors = _prior_tensors(mu, prior, prefix)
-    if any(tensor.requires_grad for tensor in tensors):
+    prior_mu, prior_sigma = _prior_tensors(mu, prior, prefix)
+    if prior_mu.requires_grad or prior_sigma.requires_grad:
         raise ValueError(
             f"{prefix}prior requires grad, but the fused KL has no gradient for the prior: "
             "use gaussian_kl(mu, sigma=..., prior_mu=..., prior_sigma=...) for a prior that is learnt"
         )
-    prior_mu, prior_sigma = (t if t.dim() == 0 else t.expand(mu.shape) for t in tensors)
-    return prior_mu, prior_sigma
+    return _as_operand(prior_mu, mu), _as_operand(prior_sigma, mu)
+
+
+def _as_operand(prior: Tensor, mu: Tensor) -> Tensor:
+    if prior.dtype == torch.float64:
+        # A prior that NumPy made does not make float32 parameters worth float64 arithmetic.
+        prior = prior.to(reference.compute_dtype(mu))
+    return prior if prior.dim() == 0 else prior.expand(mu.shape)
 
 
 def _check_parameter(mu: Tensor, rho: Tensor, prefix: str) -> None:

@@ -62,7 +62,7 @@ def draw_seed(device: torch.device | str | None = None) -> Tensor:
     `torch.manual_seed`, activation checkpointing and CUDA graph replay therefore treat it like any other random draw.
 
     Returns:
-        0-d int64 tensor on `device`, uniform over the non-negative int64 numbers.
+        0-d int64 tensor on `device`, uniform over [0, 2**63 - 1).
     """
     return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
 

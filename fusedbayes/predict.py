@@ -35,7 +35,7 @@ class Prediction:
 
     The classification summaries read `outputs` as logits. They are computed when first asked for, in float32 or
     better; entropies are in nats, and predictive = expected + mutual information (Depeweg et al., "Decomposition of
-    uncertainty in Bayesian deep learning", ICML 2018).
+    uncertainty in Bayesian deep learning for efficient and risk-sensitive learning", ICML 2018).
     """
 
     def __init__(self, outputs: Tensor, class_dim: int = -1) -> None:
@@ -150,14 +150,14 @@ def predict(
         ValueError: num_samples is below 1, or the model has no Bayesian layer.
     """
     check_count(num_samples, "num_samples")
-    _number_layers(model)
-    seed = draw_seed() if seed is None else as_seed(seed)
+    layers = _addresses(model)
+    seed = draw_seed(next(next(iter(layers)).parameters()).device) if seed is None else as_seed(seed)
     was_training = [(module, module.training) for module in model.modules()]
     outputs: list[Tensor] = []
     try:
         model.eval()
         for sample in range(num_samples):
-            with frozen_sample(model, seed, sample=sample):
+            with _noise_of(_frozen(layers, seed, sample)):
                 output = model(x)
             if not isinstance(output, Tensor):
                 raise TypeError(f"the model must return a tensor, got {describe(output)}: wrap it to pick one out")
@@ -185,16 +185,7 @@ def frozen_sample(model: nn.Module, seed: int | Tensor, *, sample: int | Tensor 
     Raises:
         TypeError, ValueError: `seed` or `sample` is not as above, or the model has no Bayesian layer.
     """
-    seed, sample = as_seed(seed), as_sample(sample)
-    numbers = _number_layers(model)
-    owners = {parameter.key: parameter.layer for parameter in variational_parameters(model)}
-    noise = {}
-    for layer in numbers:
-        parameters = [VariationalParameter("", layer, name) for name in layer.names()]
-        addresses = {p.name: Address(8 * numbers[owners[p.key]] + _ROLES[p.name]) for p in parameters}
-        device = next(layer.parameters()).device
-        noise[layer] = FrozenNoise(seed.to(device), sample.to(device), addresses)
-    with _noise_of(noise):
+    with _noise_of(_frozen(_addresses(model), seed, sample)):
         yield
 
 
@@ -220,8 +211,20 @@ def _noise_of(noise: dict[BayesModule, Any]) -> Iterator[None]:
             layer._noise = source
 
 
-def _number_layers(model: nn.Module) -> dict[BayesModule, int]:
-    """A number below 2^28 for each Bayesian layer: its name's hash, or the next free one where two names collide."""
+def _frozen(
+    layers: dict[BayesModule, dict[str, Address]], seed: int | Tensor, sample: int | Tensor
+) -> dict[BayesModule, FrozenNoise]:
+    devices = {layer: next(layer.parameters()).device for layer in layers}
+    # One copy to each device, not to each layer: a copy waits for the device.
+    keys = {device: (as_seed(seed, device), as_sample(sample, device)) for device in set(devices.values())}
+    return {layer: FrozenNoise(*keys[devices[layer]], addresses) for layer, addresses in layers.items()}
+
+
+def _addresses(model: nn.Module) -> dict[BayesModule, dict[str, Address]]:
+    """Where the noise of each Bayesian layer's random tensors lies; tied ones share the first owner's.
+
+    A layer's number, below 2^28, is its name's hash, or the next free one where two names collide.
+    """
     numbers: dict[BayesModule, int] = {}
     taken: set[int] = set()
     for name, layer in bayes_modules(model):
@@ -232,7 +235,14 @@ def _number_layers(model: nn.Module) -> dict[BayesModule, int]:
         numbers[layer] = number
     if not numbers:
         raise ValueError("model has no Bayesian layer to draw: convert it with fusedbayes.to_bayesian")
-    return numbers
+    owners = {parameter.key: numbers[parameter.layer] for parameter in variational_parameters(model)}
+    return {
+        layer: {
+            name: Address(8 * owners[VariationalParameter("", layer, name).key] + _ROLES[name])
+            for name in layer.names()
+        }
+        for layer in numbers
+    }
 
 
 def _at_least_fp32(tensor: Tensor) -> Tensor:

@@ -39,21 +39,27 @@ def sigma_from_rho(rho: Tensor) -> Tensor:
 
 
 def rho_from_sigma(sigma: Tensor) -> Tensor:
-    """The inverse of `sigma_from_rho`: rho = log(exp(sigma) - 1), without overflow or cancellation."""
-    sigma = sigma.clamp(min=SIGMA_FLOOR)
+    """The inverse of `sigma_from_rho`: rho = log(exp(sigma) - 1), without overflow or cancellation.
+
+    A sigma near the floor becomes twice the floor, where its gradient is not 0 yet.
+    """
+    sigma = sigma.clamp(min=2.0 * SIGMA_FLOOR)
     return sigma + torch.log(-torch.expm1(-sigma))
 
 
-def gaussian_kl(mu: Tensor, sigma: Tensor, prior_mu: Tensor, prior_sigma: Tensor) -> Tensor:
+def gaussian_kl(
+    mu: Tensor, sigma: Tensor, prior_mu: Tensor, prior_sigma: Tensor, log_sigma: Tensor | None = None
+) -> Tensor:
     """KL(N(mu, sigma^2) || N(prior_mu, prior_sigma^2)) per element, in nats.
 
     log(s0 / sigma) + (sigma^2 + (mu - m0)^2) / (2 s0^2) - 1/2; the ratios are squared, not the scales, so that a
-    small prior_sigma does not underflow.
+    small prior_sigma does not underflow. Who has log(sigma) gives it, for a sigma that may underflow.
     """
     dtype = compute_dtype(mu)
     mu, sigma, prior_mu, prior_sigma = (t.to(dtype) for t in (mu, sigma, prior_mu, prior_sigma))
+    log_sigma = sigma.log() if log_sigma is None else log_sigma.to(dtype)
     scale, shift = sigma / prior_sigma, (mu - prior_mu) / prior_sigma
-    return prior_sigma.log() - sigma.log() + 0.5 * (scale.square() + shift.square() - 1.0)
+    return prior_sigma.log() - log_sigma + 0.5 * (scale.square() + shift.square() - 1.0)
 
 
 def weight_kl(parameter: GaussianParameter) -> Tensor:

@@ -43,18 +43,19 @@ def gaussian_kl(mu, sigma, prior_mu, prior_sigma):
 def gaussian_gradients(grad_weight, grad_kl, mu, rho, eps, prior_mu, prior_sigma, WITH_KL: tl.constexpr):
     """dmu = G + g (mu - m0) / s0^2 and drho = (G eps + g (sigma / s0^2 - 1 / sigma)) sigmoid(rho).
 
-    G = dL/dW is `grad_weight`, g = dL/dKL is `grad_kl`. sigmoid(rho) = exp(rho - softplus(rho)), exact where sigma is
-    small; below the floor sigma is constant and drho is 0.
+    G = dL/dW is `grad_weight`, g = dL/dKL is `grad_kl`. sigmoid(rho) = exp(rho - softplus(rho)), which does not cancel
+    where sigma is small; there sigmoid / sigma is 1, while g / sigma would overflow. Below the floor sigma is constant
+    and drho is 0.
     """
     sigma = softplus(rho)
     sigmoid = tl.where(sigma < SIGMA_FLOOR, 0.0, exp(rho - sigma))
     dmu = grad_weight
-    dsigma = grad_weight * eps
+    drho = grad_weight * eps * sigmoid
     if WITH_KL:
         sigma = tl.maximum(sigma, SIGMA_FLOOR)
         dmu += grad_kl * ((mu - prior_mu) / prior_sigma / prior_sigma)
-        dsigma += grad_kl * (sigma / prior_sigma / prior_sigma - 1.0 / sigma)
-    return dmu, dsigma * sigmoid
+        drho += grad_kl * (sigma / prior_sigma / prior_sigma * sigmoid - sigmoid / sigma)
+    return dmu, drho
 
 
 @triton.jit

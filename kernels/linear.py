@@ -9,8 +9,9 @@ from torch import Tensor
 
 from fusedbayes.kernels.config import MatmulConfig, select_config
 from fusedbayes.kernels.gaussian import gaussian_kl, load_fp32, load_prior, sigma_from_rho
+from fusedbayes.kernels.launch import NOT_SPECIALIZED, as_row, capability, contiguous, dot_options, is_scalar
 from fusedbayes.kernels.noise import column_tile, load_key, normal_tile
-from fusedbayes.kernels.sample import NOT_SPECIALIZED, contiguous, is_scalar, sample_weight
+from fusedbayes.kernels.sample import sample_weight
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -85,21 +86,6 @@ def _linear_forward_kernel(
             tl.store(kl_ptr + tile_n, tl.sum(kl))
 
 
-def capability(tensor: Tensor) -> tuple[int, int]:
-    """Compute capability of the tensor's device; (0, 0) on the CPU, where the interpreter runs the kernels."""
-    return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else (0, 0)
-
-
-def dot_options(tensor: Tensor) -> dict[str, object]:
-    """How tl.dot multiplies operands of the tensor's dtype: DOT_DTYPE and INPUT_PRECISION."""
-    names = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-    # The interpreter multiplies the bit patterns of bfloat16; the operands are rounded before the cast, so that only
-    # the exact products are formed in fp32.
-    dtype = names[tensor.dtype] if tensor.is_cuda else tl.float32
-    allow_tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return {"DOT_DTYPE": dtype, "INPUT_PRECISION": "tf32" if allow_tf32 else "ieee"}
-
-
 def _single_pass(
     x: Tensor,
     parameter: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
@@ -168,7 +154,7 @@ def bayes_linear(
     weight = (weight_mu, weight_rho, weight_prior_mu, weight_prior_sigma)
     bias = bias_kl = None
     if bias_mu is not None and bias_rho is not None:
-        bias_2d = (bias_mu[None], bias_rho[None], _row(bias_prior_mu), _row(bias_prior_sigma))
+        bias_2d = (bias_mu[None], bias_rho[None], as_row(bias_prior_mu), as_row(bias_prior_sigma))
         row, bias_kl = sample_weight(*bias_2d, seed, sample, bias_address, x.dtype, with_kl)
         bias = row[0]
     if config.single_pass and x.shape[0] > 0:
@@ -177,7 +163,3 @@ def bayes_linear(
         sampled, kl = sample_weight(*weight, seed, sample, weight_address, x.dtype, with_kl)
         y = x @ sampled.t() if bias is None else torch.addmm(bias, x, sampled.t())
     return y, kl + bias_kl if with_kl and bias_kl is not None else kl
-
-
-def _row(prior: Tensor | None) -> Tensor | None:
-    return prior if prior is None or prior.dim() == 0 else prior[None]

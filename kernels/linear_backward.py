@@ -8,9 +8,9 @@ from torch import Tensor
 
 from fusedbayes.kernels.config import MatmulConfig, select_config
 from fusedbayes.kernels.gaussian import load_fp32, sigma_from_rho, store_gradients
-from fusedbayes.kernels.linear import capability, dot_options
+from fusedbayes.kernels.launch import NOT_SPECIALIZED, capability, contiguous, dot_options, is_scalar
 from fusedbayes.kernels.noise import column_tile, load_key, normal_tile
-from fusedbayes.kernels.sample import NOT_SPECIALIZED, contiguous, is_scalar, sample_weight
+from fusedbayes.kernels.sample import sample_weight
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -101,9 +101,10 @@ def _linear_backward_weight_kernel(
 ):
     """G = dY^T X over the batch, then dmu and drho of `gaussian_gradients` in registers, eps drawn again.
 
-    Grid: (cdiv(N, BLOCK_N), cdiv(K + COLUMN_SHIFT, BLOCK_K)).
+    Grid: (cdiv(N, BLOCK_N) * cdiv(K + COLUMN_SHIFT, BLOCK_K),): one dimension, because the second ends at 65535.
     """
-    tile_n, tile_k = tl.program_id(0), tl.program_id(1)
+    tiles_k = tl.cdiv(K + COLUMN_SHIFT, BLOCK_K)
+    tile_n, tile_k = tl.program_id(0) // tiles_k, tl.program_id(0) % tiles_k
     rows = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     columns, exist, quads = column_tile(tile_k, K, quad_offset, COLUMN_SHIFT, BLOCK_K)
     grad_y_columns = grad_y_ptr + rows.to(tl.int64)[:, None] * stride_gn
@@ -207,7 +208,7 @@ def bayes_linear_backward_weight(
     config = config or select_config("backward_weight", (M, N, K), x.dtype, capability(x))
     grad_mu, grad_rho = mu.new_empty((N, K)), rho.new_empty((N, K))
     _linear_backward_weight_kernel[
-        (triton.cdiv(N, config.block_n), triton.cdiv(K + column_offset % 4, config.block_k))
+        (triton.cdiv(N, config.block_n) * triton.cdiv(K + column_offset % 4, config.block_k),)
     ](
         grad_mu,
         grad_rho,

@@ -34,7 +34,7 @@ def cos(x):
 
 @triton.jit
 def softplus(x):
-    """log(1 + exp(x)), within a few ulp for every finite x.
+    """log(1 + exp(x)) for every finite x, as accurate as exp: where x is negative, relatively.
 
     With t = exp(-|x|), log(1 + t) loses t's low bits where 1 + t is rounded; adding t - ((1 + t) - 1) restores them.
     """

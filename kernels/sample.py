@@ -10,10 +10,8 @@ from torch import Tensor
 
 from fusedbayes.kernels.config import TileConfig, select_tile_config
 from fusedbayes.kernels.gaussian import gaussian_kl, load_fp32, load_prior, sigma_from_rho, store_gradients
+from fusedbayes.kernels.launch import NOT_SPECIALIZED, contiguous, is_scalar
 from fusedbayes.kernels.noise import column_tile, load_key, normal_tile
-
-# Fresh values of these must not compile a fresh kernel.
-NOT_SPECIALIZED = ["row_offset", "quad_offset", "stream"]
 
 
 @triton.jit
@@ -108,14 +106,6 @@ def _sample_weight_backward_kernel(
         PRIOR_MU_SCALAR,
         PRIOR_SIGMA_SCALAR,
     )
-
-
-def contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
-
-
-def is_scalar(tensor: Tensor | None) -> bool:
-    return tensor is None or tensor.dim() == 0
 
 
 def _tiles(shape: torch.Size, address: Sequence[int], config: TileConfig) -> int:

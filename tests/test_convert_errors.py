@@ -67,8 +67,9 @@ def test_where_without_a_match_lists_the_names(where: Any) -> None:
     ("arguments", "error", "message"),
     [
         ({"init": "median"}, ValueError, "init must be 'mean' or 'moped', got 'median'"),
-        ({"delta": 0.0}, ValueError, "delta must be finite and positive, got 0.0"),
-        ({"delta": "0.1"}, TypeError, "delta must be a number, got .*str"),
+        ({"init": "moped", "delta": 0.0}, ValueError, "delta must be finite and positive, got 0.0"),
+        ({"init": "moped", "delta": "0.1"}, TypeError, "delta must be a number, got .*str"),
+        ({"delta": 0.2}, ValueError, "delta is for init='moped', got delta=0.2"),
         ({"init": "moped", "sigma_init": 0.1}, ValueError, "'moped'.*sigma_init"),
         ({"init": "moped", "prior_mu": 0.1}, ValueError, "'moped'.*prior_mu"),
         ({"prior_sigma": -1.0}, ValueError, "prior_sigma must be finite and positive, got -1.0"),

@@ -105,10 +105,12 @@ def check_sample_gradients(
         assert_close(gradient, exact, terms=1, operands=torch.float32)
 
 
-def test_gradients_at_extreme_rho(kernel_device: str) -> None:
+@pytest.mark.parametrize("grad_kl", [0.3, 65536.0], ids=["ordinary", "scaled"])
+def test_gradients_at_extreme_rho(kernel_device: str, grad_kl: float) -> None:
+    """Neither where sigma underflows nor with the loss scale of half precision does 1 / sigma overflow."""
     K = len(EXTREME_RHO)
     parameter = torch.full((1, K), 0.5), torch.tensor([EXTREME_RHO]), torch.tensor(0.0), torch.tensor(0.1)
-    cotangents = torch.ones(1, K), torch.tensor(0.3)
+    cotangents = torch.ones(1, K), torch.tensor(grad_kl)
     seed = torch.tensor(1)
     gradients = kernels.sample_weight_backward(
         *(tensor.to(kernel_device) for tensor in (*cotangents, *parameter, seed)), None, Address()
@@ -117,5 +119,5 @@ def test_gradients_at_extreme_rho(kernel_device: str) -> None:
         *(tensor.double() for tensor in (*cotangents, *parameter)), seed, None, Address()
     )
     for gradient, exact in zip(gradients, expected, strict=True):
-        # Parts of order one, of which the noise is right to 1e-5; sigma's error is 88 times that of rho, or less.
+        # The KL's part relatively: sigma's error is 88 times that of rho, or less; the noise's part is right to 1e-5.
         torch.testing.assert_close(gradient.cpu().double(), exact, rtol=100 * 2.0**-23, atol=2e-5)

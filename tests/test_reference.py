@@ -88,6 +88,21 @@ def test_public_gaussian_kl_of_numbers_and_of_bfloat16() -> None:
     torch.testing.assert_close(kl.double(), exact.double(), rtol=2e-6, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("log_var", [-200.0, -35.0, -8.25, 0.0, 8.0])
+def test_public_gaussian_kl_of_any_log_var(dtype: torch.dtype, log_var: float) -> None:
+    """What a VAE's encoder may return under autocast; exp in its own precision would underflow or lose digits."""
+    given = torch.tensor(log_var, dtype=dtype, requires_grad=True)
+    kl = fusedbayes.gaussian_kl(torch.tensor(0.5, dtype=dtype), log_var=given)
+    kl.backward()
+    # Five fp32 roundings of terms no larger than the sum of their sizes; the gradient is rounded to its dtype.
+    size = 0.5 * (abs(log_var) + math.exp(log_var) + 1.25)
+    assert abs(kl.item() - 0.5 * (-log_var + math.exp(log_var) - 0.75)) <= 5 * 2.0**-24 * size
+    slope = 0.5 * (math.exp(log_var) - 1)
+    assert given.grad is not None
+    assert abs(given.grad.item() - slope) <= max(torch.finfo(dtype).eps, 5 * 2.0**-24) * max(1.0, abs(slope))
+
+
 def test_weight_kl_sums_the_kl_of_softplus_rho() -> None:
     mu, rho, prior_mu = torch.randn(3, 4, 5, dtype=torch.float64)
     prior_sigma = torch.tensor(0.3, dtype=torch.float64)
@@ -146,13 +161,17 @@ def test_kl_and_its_gradients_are_finite(dtype: torch.dtype, rho: float) -> None
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
 def test_rho_from_sigma_inverts_softplus(dtype: torch.dtype) -> None:
-    sigma = torch.tensor([SIGMA_FLOOR, 1e-30, 1e-7, 1e-3, 0.1, 1.0, 17.0, 89.0, 1e4], dtype=dtype)
+    sigma = torch.tensor([2 * SIGMA_FLOOR, 1e-30, 1e-7, 1e-3, 0.1, 1.0, 17.0, 89.0, 1e4], dtype=dtype)
     rho = reference.rho_from_sigma(sigma)
     # One rounding of rho moves sigma by sigma'(rho) / sigma <= 1 times it, relatively; |rho| <= 88 where that matters.
     for value, expected, r in zip(reference.sigma_from_rho(rho), sigma, rho, strict=True):
         rtol = torch.finfo(dtype).eps * (4 + min(abs(r.item()), 88))
         torch.testing.assert_close(value, expected, rtol=rtol, atol=0)
-    assert reference.rho_from_sigma(torch.zeros((), dtype=dtype)).isfinite()
+    # Where sigma is 0 its rho still has a gradient, which it would not have at the floor.
+    rho = reference.rho_from_sigma(torch.zeros((), dtype=dtype)).requires_grad_()
+    reference.sigma_from_rho(rho).log().backward()
+    assert rho.grad is not None
+    assert abs(rho.grad.item() - 1) < 1e-5
 
 
 @pytest.mark.parametrize("shape", [(6,), (3, 5), (2, 3, 4)], ids=str)

@@ -1,7 +1,8 @@
 """The operators ``torch.ops.fusedbayes.*``: schemas, autograd, and who computes them where.
 
-The CPU key is PyTorch after `fusedbayes.reference`, the CUDA key Triton. For its backward an operator keeps what it
-was given and nothing else; the noise is drawn again from the seed. Inputs are validated by `fusedbayes.functional`.
+On CUDA Triton computes them, anywhere else PyTorch after `fusedbayes.reference`. For its backward an operator keeps
+what it was given and nothing else; the noise is drawn again from the seed. Inputs are validated by
+`fusedbayes.functional`.
 """
 
 from collections.abc import Callable
@@ -37,7 +38,7 @@ _SCHEMAS = {
 _library = Library("fusedbayes", "DEF")
 for _name, _schema in _SCHEMAS.items():
     _library.define(_name + _schema)
-    _library.impl(_name, getattr(eager, _name), "CPU")
+    _library.impl(_name, getattr(eager, _name), "CompositeExplicitAutograd")
     _library.impl(_name, cuda.implementation(_name), "CUDA")
     register_fake(f"fusedbayes::{_name}", getattr(fake, _name), lib=_library)
 for _name in autograd.DIFFERENTIABLE:

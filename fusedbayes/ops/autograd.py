@@ -4,7 +4,7 @@ A backward pass that is itself to be differentiated (``create_graph=True``, torc
 implementation instead, whose operations autograd knows: slower, with the noise in memory, but right to any order.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,11 +28,11 @@ def _dispatch(function: type["_Operator"], *arguments: Any) -> Any:
 class _Operator(torch.autograd.Function):
     """Keeps the operator's arguments, and nothing it computed, for the backward pass."""
 
-    name: str
-    num_tensors: int  # the arguments begin with this many tensors
+    name: ClassVar[str]
 
     @staticmethod
     def save(ctx: Any, inputs: tuple[Any, ...], num_tensors: int) -> None:
+        """Keeps `inputs`, which begin with so many tensors."""
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[:num_tensors])
         ctx.rest = inputs[num_tensors:]
@@ -57,7 +57,7 @@ class _SampleWeight(_Operator):
 
     @staticmethod
     def forward(*arguments: Any) -> Any:
-        return _below_autograd("sample_weight", *arguments)
+        return _below_autograd(_SampleWeight.name, *arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -68,7 +68,7 @@ class _SampleWeight(_Operator):
     @staticmethod
     def backward(ctx: Any, grad_weight: Tensor | None, grad_kl: Tensor | None) -> Any:
         if torch.is_grad_enabled():
-            return _Operator.differentiable_backward(ctx, "sample_weight", grad_weight, grad_kl)
+            return _Operator.differentiable_backward(ctx, _SampleWeight.name, grad_weight, grad_kl)
         address, *_ = ctx.rest
         grads = torch.ops.fusedbayes.sample_weight_backward.default(grad_weight, grad_kl, *ctx.saved_tensors, address)
         return *grads, *[None] * 7
@@ -79,7 +79,7 @@ class _WeightKL(_Operator):
 
     @staticmethod
     def forward(*arguments: Any) -> Any:
-        return _below_autograd("weight_kl", *arguments)
+        return _below_autograd(_WeightKL.name, *arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -88,7 +88,7 @@ class _WeightKL(_Operator):
     @staticmethod
     def backward(ctx: Any, grad_kl: Tensor) -> Any:
         if torch.is_grad_enabled():
-            return _Operator.differentiable_backward(ctx, "weight_kl", grad_kl)
+            return _Operator.differentiable_backward(ctx, _WeightKL.name, grad_kl)
         noise = (None, None, (0, 0, 0))
         grads = torch.ops.fusedbayes.sample_weight_backward.default(None, grad_kl, *ctx.saved_tensors, *noise)
         return *grads, None, None
@@ -99,7 +99,7 @@ class _BayesLinear(_Operator):
 
     @staticmethod
     def forward(*arguments: Any) -> Any:
-        return _below_autograd("bayes_linear", *arguments)
+        return _below_autograd(_BayesLinear.name, *arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -110,7 +110,7 @@ class _BayesLinear(_Operator):
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor | None, grad_kl: Tensor | None) -> Any:
         if torch.is_grad_enabled():
-            return _Operator.differentiable_backward(ctx, "bayes_linear", grad_y, grad_kl)
+            return _Operator.differentiable_backward(ctx, _BayesLinear.name, grad_y, grad_kl)
         ops = torch.ops.fusedbayes
         x, *parameters, seed, sample = ctx.saved_tensors
         weight, bias = parameters[:4], parameters[4:]

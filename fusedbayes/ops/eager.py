@@ -1,4 +1,4 @@
-"""The operators in PyTorch, on any device: the reference's forward, and its gradients in closed form.
+"""The operators in PyTorch, for any device: the reference's forward, and its gradients in closed form.
 
 The gradients (docs/math.md derives them) draw the noise again instead of keeping it; the tests compare them with
 what autograd makes of `fusedbayes.reference`.
@@ -43,19 +43,21 @@ def sample_weight_backward(
     address: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     dtype = compute_dtype(mu)
-    grad_mu, grad_sigma = mu.new_zeros(mu.shape, dtype=dtype), mu.new_zeros(mu.shape, dtype=dtype)
+    softplus = F.softplus(rho.to(dtype), threshold=40.0)
+    # Below the floor sigma is constant.
+    sigmoid = torch.sigmoid(rho.to(dtype)).masked_fill_(softplus < SIGMA_FLOOR, 0.0)
+    grad_mu, grad_rho = mu.new_zeros(mu.shape, dtype=dtype), mu.new_zeros(mu.shape, dtype=dtype)
     if grad_weight is not None and seed is not None:
         grad_mu += grad_weight
-        grad_sigma += grad_weight
-        grad_sigma *= reference.weight_noise(mu, seed, _or_zero(sample), Address(*address))
-    softplus = F.softplus(rho.to(dtype), threshold=40.0)
+        grad_rho += (
+            reference.weight_noise(mu, seed, _or_zero(sample), Address(*address)).mul_(grad_weight).mul_(sigmoid)
+        )
     if grad_kl is not None and prior_mu is not None and prior_sigma is not None:
         prior_sigma = prior_sigma.to(dtype)
         sigma = softplus.clamp(min=SIGMA_FLOOR)
         grad_mu += grad_kl * ((mu.to(dtype) - prior_mu.to(dtype)) / prior_sigma / prior_sigma)
-        grad_sigma += grad_kl * (sigma / prior_sigma / prior_sigma - 1.0 / sigma)
-    # Below the floor sigma is constant.
-    grad_rho = (grad_sigma * torch.sigmoid(rho.to(dtype))).masked_fill_(softplus < SIGMA_FLOOR, 0.0)
+        # sigmoid / sigma is at most 1, while grad_kl / sigma may overflow.
+        grad_rho += grad_kl * (sigma / prior_sigma / prior_sigma * sigmoid - sigmoid / sigma)
     return grad_mu.to(mu.dtype), grad_rho.to(rho.dtype)
 
 
