@@ -36,9 +36,13 @@ def check_number(value: float, name: str, *, positive: bool = False) -> float:
     """Returns the number `value`; raises TypeError or ValueError unless it is finite and, if asked for, positive."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {describe(value)}")
-    if not math.isfinite(value) or (positive and value <= 0):
-        raise ValueError(f"{name} must be finite{' and positive' if positive else ''}, got {value}")
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an int beyond the largest float
+        number = math.inf
+    if not math.isfinite(number) or (positive and number <= 0):
+        raise ValueError(f"{name} must be finite{' and positive' if positive else ''}, got {reprlib.repr(value)}")
+    return number
 
 
 def check_non_negative(value: float, name: str) -> float:

@@ -1,7 +1,6 @@
 """Turning a deterministic network into a Bayesian one, and back."""
 
 import fnmatch
-import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
@@ -35,16 +34,20 @@ def to_bayesian(
     delta: float | None = None,
     estimator: str = "shared",
 ) -> nn.Module:
-    """Replaces every `torch.nn.Linear` of `model` by a `BayesLinear`, in place.
+    """Makes every `torch.nn.Linear` of `model` a `BayesLinear`, in place.
 
-    The old weight and bias *are* the new ``weight_mu`` and ``bias_mu``: the same Parameter objects, so that values,
-    dtype, device, requires_grad, tied weights and optimizers that hold them stay as they are. Names, training mode,
-    hooks and extra attributes stay too. Linears that share a weight share its sigma and prior and are charged once.
+    The module objects stay and change their class, so that names, training mode, hooks, extra attributes and whoever
+    holds them stay too. The weight and bias *are* the new ``weight_mu`` and ``bias_mu``, the same Parameter objects:
+    values, dtype, device, requires_grad and tied weights stay as they are. An optimizer made before goes on training
+    the means, but knows nothing of rho: make it afterwards. Linears that share a weight share its sigma and prior and
+    are charged once.
+
     Subclasses of nn.Linear are left alone, because their forward may differ; that includes the output projection of
-    nn.MultiheadAttention, which therefore stays deterministic.
+    nn.MultiheadAttention, which therefore stays deterministic. Convert a whole nn.TransformerEncoder, not its layers:
+    its inference shortcut, which reads weights without calling the layers, can be switched off from above only.
 
     Args:
-        model: any module. It is changed and returned; if it is itself an nn.Linear, the return value replaces it.
+        model: any module, an nn.Linear too. It is changed and returned.
         where: which layers; None (default) all. A callable ``(name, module) -> bool``, a name or glob pattern of
             qualified names ("encoder.*"), a class, or several patterns and classes. The root's name is "".
         prior_mu, prior_sigma, sigma_init, estimator: as for `BayesLinear`.
@@ -55,12 +58,13 @@ def to_bayesian(
             learnt where a weight is exactly 0.
 
     Returns:
-        `model`, or the replacement of a root that is an nn.Linear.
+        `model`.
 
     Raises:
         TypeError: `model` is not a module, or an argument is of the wrong type.
-        ValueError: an argument is out of range, nothing matches, a matching layer is a lazy one without weights yet,
-            or "moped" is combined with prior_mu or sigma_init. The model is unchanged then.
+        ValueError: an argument is out of range; nothing matches; a matching layer is lazy, reparametrised or patched;
+            the model is wrapped in DistributedDataParallel, which would not see rho; or "moped" is combined with
+            prior_mu or sigma_init. The model is unchanged then.
     """
     if init not in ("mean", "moped"):
         raise ValueError(f"init must be 'mean' or 'moped', got {init!r}")
@@ -71,66 +75,79 @@ def to_bayesian(
     elif delta is not None:
         raise ValueError(f"delta is for init='moped', got delta={delta} with init={init!r}")
     options = {"prior_mu": prior_mu, "prior_sigma": prior_sigma, "sigma_init": sigma_init, "estimator": estimator}
-    # Everything that can fail happens before the first replacement.
-    sources = _random_tensors(model)
-    replacements: dict[nn.Module, nn.Module] = {}
+    # Everything that can fail happens before the first change.
+    sources = {id(p.value.mu): (p.layer, p.name) for p in variational_parameters(model)}
+    twins: dict[nn.Module, nn.Module] = {}
     for linear in _select(model, nn.Linear, where):
         if init == "moped" and linear.weight.is_meta:
             raise ValueError("init='moped' needs the values of the weights, but some are on the meta device")
-        replacements[linear] = _bayesian_linear(linear, options, delta, sources)
-    return _replace(model, replacements)
+        twins[linear] = _bayesian_linear(linear, options, delta, sources)
+    return _convert(model, twins)
 
 
 def to_deterministic(model: nn.Module) -> nn.Module:
-    """Replaces every `BayesLinear` of `model` by an `nn.Linear` that computes with its means, in place.
+    """Makes every `BayesLinear` of `model` an `nn.Linear` that computes with its means, in place.
 
     The inverse of `to_bayesian`: ``weight_mu`` and ``bias_mu`` become the weight and bias, the same Parameter objects.
 
     Args:
-        model: any module. It is changed and returned; if it is itself a BayesLinear, the return value replaces it.
+        model: any module, a BayesLinear too. It is changed and returned.
 
     Returns:
-        `model`, or the replacement of a root that is a BayesLinear.
+        `model`.
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: there is no BayesLinear to replace.
+        ValueError: there is no BayesLinear; one holds tensors of its own or is held by `frozen_sample` or `mean_mode`;
+            or the model is wrapped in DistributedDataParallel. The model is unchanged then.
     """
-    return _replace(model, {layer: _linear(layer) for layer in _select(model, BayesLinear, None)})
+    return _convert(model, {layer: _linear(layer) for layer in _select(model, BayesLinear, None)})
 
 
 def _select(model: nn.Module, kind: type[nn.Module], where: Where | None) -> list[Any]:
-    """The modules of exactly the class `kind` that `where` picks; ValueError unless each can be converted."""
+    """The modules of the class `kind` that `where` picks; ValueError unless each can be converted."""
     check_module(model)
+    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
+        raise ValueError("convert the model before wrapping it in DistributedDataParallel, which keeps old parameters")
     picks = _predicate(where)
     # Under each of its names: `where` may pick a shared module by any.
     named = model.named_modules(remove_duplicate=False)
-    candidates = {name: module for name, module in named if _is_plain(module, kind)}
+    candidates = {name: module for name, module in named if _is_of_class(module, kind)}
     chosen = {name: module for name, module in candidates.items() if picks(name, module)}
     for name, module in chosen.items():
-        _check_convertible(name, module)
+        _check_convertible(name, module, kind)
     if not chosen:
-        names = ", ".join(map(repr, candidates)) or "none"
-        raise ValueError(f"where={where!r} picks no {kind.__name__} to convert; the model has: {names}")
+        names = ", ".join(map(repr, list(candidates)[:8])) or "none"
+        more = f" and {len(candidates) - 8} more" if len(candidates) > 8 else ""
+        raise ValueError(f"where={where!r} picks no {kind.__name__} to convert; the model has: {names}{more}")
     return list(dict.fromkeys(chosen.values()))
 
 
-def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether `module` is of the class `kind`; an nn.Linear may be lazy or parametrized, which is refused later."""
-    if kind is nn.Linear and (isinstance(module, nn.LazyLinear) or parametrize.is_parametrized(module)):
-        return isinstance(module, nn.LazyLinear) or type(module).__bases__ == (nn.Linear,)
-    return type(module) is kind
+def _is_of_class(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether `module` is a `kind` and no subclass; a lazy or parametrized one counts, and is refused later."""
+    if kind is nn.Linear and isinstance(module, nn.LazyLinear):
+        return True
+    return (type(module).__bases__ if parametrize.is_parametrized(module) else (type(module),)) == (kind,)
 
 
-def _check_convertible(name: str, module: nn.Module) -> None:
+def _check_convertible(name: str, module: Any, kind: type[nn.Module]) -> None:
     if isinstance(module, nn.LazyLinear):
         raise ValueError(f"{name!r} is an nn.LazyLinear without weights yet: run one forward before converting")
     if "forward" in vars(module):
         raise ValueError(f"{name!r} has a forward of its own, which a converted layer would not compute")
-    if isinstance(module, nn.Linear) and (module._parameters.keys() != {"weight", "bias"} or module._buffers):
-        # torch.nn.utils.weight_norm and pruning compute the weight from other tensors, in a hook.
-        held = sorted([*module._parameters, *module._buffers])
-        raise ValueError(f"{name!r} must hold a weight and a bias, got {held}: remove reparametrisations first")
+    held = {*module._parameters, *module._buffers}
+    fresh = kind(1, 1, device="meta")
+    expected = {*fresh._parameters, *fresh._buffers}
+    if held != expected:
+        # torch.nn.utils.weight_norm, pruning and parametrizations compute the weight from other tensors.
+        raise ValueError(
+            f"{name!r} must hold {sorted(expected)} and no other tensors, got {sorted(held)}: "
+            "remove reparametrisations first"
+        )
+    if kind is nn.Linear and not module.weight.is_floating_point():
+        raise ValueError(f"{name!r} must have floating-point weights, got dtype {module.weight.dtype}")
+    if isinstance(module, BayesLinear) and module.is_held:
+        raise ValueError(f"{name!r} cannot be converted inside frozen_sample or mean_mode")
 
 
 def _predicate(where: Where | None) -> Callable[[str, nn.Module], bool]:
@@ -153,18 +170,12 @@ def _predicate(where: Where | None) -> Callable[[str, nn.Module], bool]:
     )
 
 
-def _random_tensors(model: nn.Module) -> dict[int, tuple[BayesModule, str]]:
-    """The layers that an earlier conversion made random, by their means: a tied layer converted later joins them."""
-    return {id(p.value.mu): (p.layer, p.name) for p in variational_parameters(model)}
-
-
 def _bayesian_linear(
     linear: nn.Linear, options: dict[str, Any], delta: float | None, sources: dict[int, tuple[BayesModule, str]]
 ) -> BayesLinear:
     """The layer that takes `linear`'s place; `sources` finds the random tensor that was made of a mean before."""
     # On the meta device: the means are there already, the rest is filled in below.
     layer = BayesLinear(linear.in_features, linear.out_features, linear.bias is not None, **options, device="meta")
-    _take_over(layer, linear)
     for name, mean in (("weight", linear.weight), ("bias", linear.bias)):
         if mean is None:
             continue
@@ -184,43 +195,33 @@ def _bayesian_linear(
 
 def _linear(layer: BayesLinear) -> nn.Linear:
     linear = nn.Linear(layer.in_features, layer.out_features, layer.bias_mu is not None, device="meta")
-    _take_over(linear, layer)
     linear.register_parameter("weight", layer.weight_mu)
     linear.register_parameter("bias", layer.bias_mu)
     return linear
 
 
-def _take_over(new: nn.Module, old: nn.Module) -> None:
-    """Gives `new` what `old` holds beyond its class: training mode, hooks and attributes set from outside.
+def _convert(model: nn.Module, twins: dict[nn.Module, nn.Module]) -> nn.Module:
+    """Makes each of `twins`' modules what its twin is; hooks, training mode and foreign attributes stay its own.
 
-    The hooks' own dictionaries move, so that their handles still remove them.
+    The object itself changes its class, as torch's lazy and parametrized modules do: whoever holds it, a list, an
+    optimizer's closure or a compiled wrapper, holds the converted layer.
     """
-    computed = {"_parameters", "_buffers", "_compiled_call_impl", *_constructed(type(old))}
-    vars(new).update({key: value for key, value in vars(old).items() if key not in computed})
+    for module, twin in twins.items():
+        for attribute in _constructed(type(module)):
+            vars(module).pop(attribute, None)
+        module.__class__ = type(twin)
+        kept = {"_parameters", "_buffers", *_constructed(type(twin))}
+        vars(module).update({key: value for key, value in vars(twin).items() if key in kept})
+    for parent in model.modules():
+        for kind, (attribute, off) in _SHORTCUTS.items():
+            if isinstance(parent, kind):
+                _set_shortcut(parent, attribute, off)
+    return model
 
 
 def _constructed(kind: type[nn.Module]) -> set[str]:
     """The attributes that the constructor of `kind` sets beyond those of every module."""
     return set(vars(kind(1, 1, device="meta"))) - set(vars(nn.Module()))
-
-
-def _replace(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.Module:
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if child in replacements:
-                parent._modules[name] = replacements[child]
-    for old, new in replacements.items():
-        hook: Any
-        for hook in new._load_state_dict_pre_hooks.values():
-            # These hooks know the module by a weak reference.
-            if getattr(hook, "with_module", False) and hook.module() is old:
-                hook.module = weakref.ref(new)
-    model = replacements.get(model, model)
-    for module in model.modules():
-        for kind, (attribute, off) in _SHORTCUTS.items():
-            if isinstance(module, kind):
-                _set_shortcut(module, attribute, off)
-    return model
 
 
 def _set_shortcut(module: nn.Module, attribute: str, off: Any) -> None:

@@ -124,14 +124,15 @@ def philox_words(
 def _philox(seed: Tensor, quads: Tensor, rows: Tensor, sample: Tensor, stream: int) -> tuple[Tensor, Tensor]:
     """The words as (x0, x2) and (x1, x3), stacked: both halves of a round in one operation, which small blocks need."""
     shape = torch.broadcast_shapes(quads.shape, rows.shape)
-    outer, inner = quads.new_empty(2, *shape), quads.new_empty(2, *shape)
-    outer[0], inner[0], outer[1], inner[1] = quads, rows, sample, stream
+    outer = torch.stack([quads.expand(shape), sample.expand(shape)])
+    inner = torch.stack([rows.expand(shape), torch.full_like(sample, stream).expand(shape)])
+    lanes = (2,) + (1,) * len(shape)
+    key = torch.stack([seed, seed >> 32]).view(lanes)
     # Filled, not copied from the host, which would wait for the device.
-    lanes = quads.new_empty(3, 2, *[1] * len(shape))
-    lanes[0, 0], lanes[0, 1] = _MULTIPLIERS
-    lanes[1, 0], lanes[1, 1] = _KEY_STEPS
-    lanes[2, 0], lanes[2, 1] = seed, seed >> 32
-    multipliers, steps, key = lanes
+    multipliers, steps = quads.new_empty(2), quads.new_empty(2)
+    multipliers[0], multipliers[1] = _MULTIPLIERS
+    steps[0], steps[1] = _KEY_STEPS
+    multipliers, steps = multipliers.view(lanes), steps.view(lanes)
     for done in range(ROUNDS):
         # A 64-bit product that wraps keeps all its bits; the shift's sign extension is masked away.
         product = (outer * multipliers).flip(0)
@@ -189,16 +190,15 @@ def normal(
     sample = as_sample(sample, seed.device)
     first_quad, end_quad = column_offset // 4, -(-(column_offset + columns) // 4)
     quads = torch.arange(first_quad, end_quad, device=seed.device)[None, :]
-    eps = torch.empty(rows, end_quad - first_quad, 4, dtype=dtype, device=seed.device)
     chunk = max(1, _CHUNK_WORDS // max(1, end_quad - first_quad))
-    for start in range(0, rows, chunk):
-        block = eps[start : start + chunk]
-        block_rows = torch.arange(row_offset + start, row_offset + start + len(block), device=seed.device)[:, None]
-        cosines, sines = _box_muller(*_philox(seed, quads, block_rows, sample, stream), dtype)
-        block[..., 0::2] = cosines.movedim(0, -1)
-        block[..., 1::2] = sines.movedim(0, -1)
+    blocks = []
+    for start in range(row_offset, row_offset + max(rows, 1), chunk):
+        end = min(start + chunk, row_offset + rows)
+        block_rows = torch.arange(start, end, device=seed.device)[:, None]
+        (z0, z2), (z1, z3) = _box_muller(*_philox(seed, quads, block_rows, sample, stream), dtype)
+        blocks.append(torch.stack([z0, z1, z2, z3], -1).flatten(1))
     shift = column_offset - 4 * first_quad
-    return eps.flatten(1)[:, shift : shift + columns]
+    return (blocks[0] if len(blocks) == 1 else torch.cat(blocks))[:, shift : shift + columns]
 
 
 def check_coordinates(

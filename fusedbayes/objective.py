@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fusedbayes.checks import check_count, check_non_negative, describe
-from fusedbayes.nn.module import BayesModule, bayes_modules, variational_parameters
+from fusedbayes.nn.module import BayesModule, FusedKL, bayes_modules, variational_parameters
+from fusedbayes.reference import compute_dtype
 from fusedbayes.schedules import Schedule
 
 
@@ -112,7 +113,8 @@ class ELBO(nn.Module):
         nll = self.nll(self.model(x), y)
         if not isinstance(nll, Tensor):
             raise TypeError(f"nll must return a tensor, got {describe(nll)}")
-        return nll.mean()
+        # In fp32 or better: a sum of many half-precision terms would stand still.
+        return nll.mean(dtype=compute_dtype(nll))
 
     def _current_kl_weight(self) -> float:
         if not callable(self.kl_weight):
@@ -122,35 +124,34 @@ class ELBO(nn.Module):
             self.step += 1
         return weight
 
-    def get_extra_state(self) -> dict[str, int]:
-        return {"step": self.step}
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.step)
 
-    def set_extra_state(self, state: dict[str, int]) -> None:
-        self.step = state["step"]
+    def set_extra_state(self, state: Tensor) -> None:
+        self.step = int(state)
 
 
 @contextlib.contextmanager
 def _fused_kl(model: nn.Module) -> Iterator[Callable[[], Tensor]]:
     """Has the forwards inside compute the KL of the layers they pass through; yields a function that adds it up.
 
-    What a forward could not give, because a layer was not reached, shares parameters with another or ran without
-    gradients (as in reentrant checkpointing), is computed from the parameters.
+    What a forward could not give, because a layer was not reached, shares parameters with another, ran on others
+    (torch.func.functional_call) or without gradients (reentrant checkpointing), is computed from the parameters.
     """
     owned: dict[BayesModule, list[str]] = {}
     for parameter in variational_parameters(model):
         owned.setdefault(parameter.layer, []).append(parameter.name)
     fused = [layer for layer, names in owned.items() if names == layer.names()]
-    results: dict[BayesModule, Tensor | None] = {}
+    results: dict[BayesModule, FusedKL | None] = {}
 
     def total() -> Tensor:
         kls = []
         for layer, names in owned.items():
-            kl = results.get(layer)
-            learns = torch.is_grad_enabled() and any(p.requires_grad for p in layer.parameters())
-            if kl is None or (learns and not kl.requires_grad):
-                kls += [layer.kl_of(name) for name in names]
+            result = results.get(layer)
+            if result is not None and _is_current(result, layer):
+                kls.append(result.kl)
             else:
-                kls.append(kl)
+                kls += [layer.kl_of(name) for name in names]
         return _sum(kls, model)
 
     for layer in fused:
@@ -162,6 +163,16 @@ def _fused_kl(model: nn.Module) -> Iterator[Callable[[], Tensor]]:
             results[layer] = layer._kl_of_forward
             layer._kl_wanted = False
             layer._kl_of_forward = None
+
+
+def _is_current(result: FusedKL, layer: BayesModule) -> bool:
+    """Whether the KL is of the layer's present parameters, and differentiable in those that want a gradient."""
+    present = [tensor for name in layer.names() for tensor in layer.gaussian(name)[:2]]
+    if any(then is not now for then, now in zip(result.parameters, present, strict=True)):
+        return False
+    wanted = [tensor.requires_grad and torch.is_grad_enabled() for tensor in present]
+    had = [flag and result.kl.requires_grad for flag in result.requires_grad]
+    return all(h or not w for h, w in zip(had, wanted, strict=True))
 
 
 def _sum(kls: list[Tensor], model: nn.Module) -> Tensor:

@@ -134,6 +134,7 @@ def predict(
 
     Sample s is the function of ``frozen_sample(model, seed, sample=s)``: one consistent draw for the whole batch. The
     modules are put into evaluation mode (dropout off, batch statistics fixed) and each back into its own afterwards.
+    Not for several threads at once on one model: give each thread its copy.
 
     Args:
         model: any module; its output must be one tensor.
@@ -153,7 +154,7 @@ def predict(
     layers = _addresses(model)
     seed = draw_seed(next(next(iter(layers)).parameters()).device) if seed is None else as_seed(seed)
     was_training = [(module, module.training) for module in model.modules()]
-    outputs: list[Tensor] = []
+    outputs: Tensor | None = None
     try:
         model.eval()
         for sample in range(num_samples):
@@ -161,11 +162,15 @@ def predict(
                 output = model(x)
             if not isinstance(output, Tensor):
                 raise TypeError(f"the model must return a tensor, got {describe(output)}: wrap it to pick one out")
-            outputs.append(output)
+            if outputs is None:
+                outputs = output.new_empty((num_samples, *output.shape))
+            # A copy: the model may write its next output over this one.
+            outputs[sample] = output
     finally:
         for module, training in was_training:
             module.training = training
-    return Prediction(torch.stack(outputs), class_dim)
+    assert outputs is not None
+    return Prediction(outputs, class_dim)
 
 
 @contextlib.contextmanager
@@ -201,14 +206,14 @@ def mean_mode(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _noise_of(noise: dict[BayesModule, Any]) -> Iterator[None]:
-    before = {layer: layer._noise for layer in noise}
+    for layer, source in noise.items():
+        layer._noises = (*layer._noises, source)
     try:
-        for layer, source in noise.items():
-            layer._noise = source
         yield
     finally:
-        for layer, source in before.items():
-            layer._noise = source
+        # Its own entry and no other: contexts may end in any order.
+        for layer, source in noise.items():
+            layer._noises = tuple(entry for entry in layer._noises if entry is not source)
 
 
 def _frozen(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fusedbayes import functional, reference
 from fusedbayes.checks import check_count, check_number, describe
-from fusedbayes.nn.module import BayesModule, FrozenNoise, MeanWeights
+from fusedbayes.nn.module import BayesModule, FrozenNoise, FusedKL, MeanWeights
 
 ESTIMATORS = ("shared",)
 
@@ -107,10 +107,10 @@ class BayesLinear(BayesModule):
             parameter.rho.copy_(reference.rho_from_sigma(sigma))
             self._fill_prior(name, self.prior_mu, self.prior_sigma)
 
-    def forward(self, x: Tensor) -> Tensor:
-        noise = self._noise
+    def forward(self, input: Tensor) -> Tensor:
+        noise = self._noises[-1] if self._noises else None
         if isinstance(noise, MeanWeights):
-            x = functional.check_linear(x, self.weight_mu, self.weight_rho, self.bias_mu, self.bias_rho)
+            x = functional.check_linear(input, self.weight_mu, self.weight_rho, self.bias_mu, self.bias_rho)
             return F.linear(x, self.weight_mu, self.bias_mu)
         where: dict[str, Any] = {}
         if isinstance(noise, FrozenNoise):
@@ -119,7 +119,7 @@ class BayesLinear(BayesModule):
         weight, bias = self.gaussian("weight"), self.gaussian("bias")
         with_kl = self._kl_wanted and self._kl_of_forward is None
         y, kl = functional.bayes_linear(
-            x,
+            input,
             *weight[:2],
             *bias[:2],
             weight_prior=weight[2:],
@@ -127,8 +127,9 @@ class BayesLinear(BayesModule):
             with_kl=with_kl,
             **where,
         )
-        if with_kl:
-            self._kl_of_forward = kl
+        if kl is not None:
+            parameters = (*weight[:2], *(() if self.bias_mu is None else bias[:2]))
+            self._kl_of_forward = FusedKL(kl, parameters, tuple(p.requires_grad for p in parameters))
         return y
 
     def extra_repr(self) -> str:

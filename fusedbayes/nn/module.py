@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedbayes import functional
-from fusedbayes.checks import check_module, check_number
+from fusedbayes.checks import check_module, check_number, describe
 from fusedbayes.noise import Address
 from fusedbayes.reference import GaussianParameter
 
@@ -34,6 +34,20 @@ class MeanWeights:
     """Stands in for noise while `fusedbayes.mean_mode` is on: every weight is its posterior mean."""
 
 
+class FusedKL(NamedTuple):
+    """The KL that a forward gave, and the parameters it was given for.
+
+    Attributes:
+        kl: 0-d.
+        parameters: mu and rho of each random tensor, as the forward saw them.
+        requires_grad: of each of them, then.
+    """
+
+    kl: Tensor
+    parameters: tuple[Tensor, ...]
+    requires_grad: tuple[bool, ...]
+
+
 class VariationalParameter(NamedTuple):
     """One random tensor of a model: the layer's qualified name, the layer, and the tensor's name in it."""
 
@@ -47,9 +61,14 @@ class VariationalParameter(NamedTuple):
         return self.layer.gaussian(self.name)
 
     @property
-    def key(self) -> tuple[int, int]:
-        """What makes it the same random tensor wherever it is held: its mu and its rho."""
-        return id(self.value.mu), id(self.value.rho)
+    def key(self) -> tuple[object, object]:
+        """What makes it the same random tensor wherever it is held: its mu and its rho.
+
+        A parametrized one is computed anew at each access and so has no identity but its place.
+        """
+        held = self.layer._parameters
+        mu, rho = f"{self.name}_mu", f"{self.name}_rho"
+        return (id(held[mu]), id(held[rho])) if mu in held and rho in held else (id(self.layer), self.name)
 
 
 class BayesModule(nn.Module):
@@ -65,10 +84,15 @@ class BayesModule(nn.Module):
 
     # Held for a while by the context managers of `fusedbayes.predict` and `fusedbayes.objective`, in the instance's
     # __dict__; neither copied nor saved.
-    _noise: FrozenNoise | MeanWeights | None = None
+    _noises: tuple[FrozenNoise | MeanWeights, ...] = ()  # of the contexts that are open; the last one counts
     _kl_wanted = False
-    _kl_of_forward: Tensor | None = None
-    _TRANSIENT: ClassVar[tuple[str, ...]] = ("_noise", "_kl_wanted", "_kl_of_forward")
+    _kl_of_forward: FusedKL | None = None
+    _TRANSIENT: ClassVar[tuple[str, ...]] = ("_noises", "_kl_wanted", "_kl_of_forward")
+
+    @property
+    def is_held(self) -> bool:
+        """Whether `fusedbayes.frozen_sample` or `fusedbayes.mean_mode` decides at present what the layer draws."""
+        return bool(self._noises)
 
     def names(self) -> list[str]:
         """The random tensors that the layer has: without a bias, "bias" is not among them."""
@@ -95,6 +119,8 @@ class BayesModule(nn.Module):
     def set_prior(self, mu: float | Tensor, sigma: float | Tensor, name: str = "weight") -> None:
         """Sets the prior N(mu, sigma^2) of one random tensor, by copy.
 
+        Layers with tied weights are charged with the prior of the first of them: set it there.
+
         Args:
             mu, sigma: numbers, or tensors of the parameter's shape; sigma is a standard deviation > 0.
             name: of the random tensor, "weight" (default) or "bias".
@@ -106,26 +132,33 @@ class BayesModule(nn.Module):
         """
         if name not in self.names():
             raise ValueError(f"name must be one of {', '.join(map(repr, self.names()))}, got {name!r}")
-        reference_mu = self.gaussian(name).mu
+        like = self.gaussian(name).mu
         for part, value, positive in (("prior_mu", mu, False), ("prior_sigma", sigma, True)):
             if not isinstance(value, Tensor):
                 check_number(value, part, positive=positive)
                 continue
             if not value.is_floating_point():
-                raise TypeError(f"{part} must be a number or a floating-point tensor, got dtype {value.dtype}")
-            if value.shape not in ((), reference_mu.shape):
-                raise ValueError(f"{part} must have shape () or {tuple(reference_mu.shape)}, got {tuple(value.shape)}")
-            if not torch.isfinite(value).all() or (positive and not (value > 0).all()):
-                raise ValueError(f"{part} must be finite{' and positive' if positive else ''}, got {value}")
+                raise TypeError(f"{part} must be a number or a floating-point tensor, got {describe(value)}")
+            if value.shape not in ((), like.shape):
+                raise ValueError(f"{part} must have shape () or {tuple(like.shape)}, got {tuple(value.shape)}")
+            rounded = value.to(like.dtype)
+            if not torch.isfinite(rounded).all() or (positive and not (rounded > 0).all()):
+                raise ValueError(
+                    f"{part} must be finite{' and positive' if positive else ''} in {like.dtype}, got {value}"
+                )
         self._fill_prior(name, mu, sigma)
 
     def _fill_prior(self, name: str, mu: float | Tensor, sigma: float | Tensor) -> None:
         like = self.gaussian(name).mu
-        if not isinstance(sigma, Tensor) and not torch.finfo(like.dtype).tiny <= sigma <= torch.finfo(like.dtype).max:
-            raise ValueError(f"prior_sigma must be a normal {like.dtype} number, got {sigma}")
+        limits = torch.finfo(like.dtype)
+        for part, value, least in (("prior_mu", mu, -limits.max), ("prior_sigma", sigma, limits.tiny)):
+            if not isinstance(value, Tensor) and not least <= value <= limits.max:
+                raise ValueError(f"{part} must lie in [{least:.4g}, {limits.max:.4g}] for {like.dtype}, got {value}")
         for part, value in (("prior_mu", mu), ("prior_sigma", sigma)):
-            # A copy: a prior that shared storage with mu would move with it.
-            new = value.detach().to(like, copy=True) if isinstance(value, Tensor) else like.new_full((), value)
+            # A copy: a prior that shared storage with mu would move with it. Never an inference tensor: training
+            # could not save it for the backward pass.
+            with torch.inference_mode(False):
+                new = value.detach().to(like, copy=True) if isinstance(value, Tensor) else like.new_full((), value)
             setattr(self, f"{name}_{part}", new)
 
     def _register_gaussian(self, name: str, shape: tuple[int, ...] | None, factory: dict[str, Any]) -> None:
@@ -143,7 +176,8 @@ class BayesModule(nn.Module):
                 saved, buffer = state_dict.get(f"{prefix}{name}_{part}"), getattr(self, f"{name}_{part}")
                 shapes = ((), getattr(self, f"{name}_mu").shape)
                 if isinstance(saved, Tensor) and saved.shape in shapes and saved.shape != buffer.shape:
-                    setattr(self, f"{name}_{part}", buffer.new_empty(saved.shape))
+                    with torch.inference_mode(False):
+                        setattr(self, f"{name}_{part}", buffer.new_empty(saved.shape))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -166,8 +200,8 @@ def qualified_name(path: str) -> str:
 def bayes_modules(model: nn.Module) -> Iterator[tuple[str, BayesModule]]:
     """Every distinct Bayesian layer of `model` with its qualified name, wrappers' names left out."""
     check_module(model)
-    while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        model = model.module
+    while list(model._modules) == ["module"] and not isinstance(model, BayesModule):
+        model = model.get_submodule("module")  # DistributedDataParallel, AveragedModel and the like
     for path, module in model.named_modules():
         if isinstance(module, BayesModule):
             yield qualified_name(path), module

@@ -40,7 +40,9 @@ class _Operator(torch.autograd.Function):
     @staticmethod
     def differentiable_backward(ctx: Any, name: str, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         """The gradients as functions that autograd can differentiate again."""
-        arguments = (*ctx.saved_tensors, *ctx.rest)
+        # Views of the inputs: where one input was computed from another, its gradient must not flow on into that one.
+        saved = [None if tensor is None else tensor.view_as(tensor) for tensor in ctx.saved_tensors]
+        arguments = (*saved, *ctx.rest)
         outputs = getattr(eager, name)(*arguments)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         used = [(o, g) for o, g in zip(outputs, grad_outputs, strict=True) if g is not None and o.requires_grad]
