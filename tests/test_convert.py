@@ -269,3 +269,28 @@ def test_transformer_encoder_round_trip() -> None:
     shortcuts = ("activation_relu_or_gelu", "use_nested_tensor")
     for a, b, c in zip(attributes, after, (vars(m) for m in twin.modules()), strict=True):
         assert [a.get(k) for k in shortcuts] == [b.get(k) for k in shortcuts] == [c.get(k) for k in shortcuts]
+
+
+def test_whoever_holds_a_layer_holds_the_converted_one() -> None:
+    """A list that dispatches, or a compiled wrapper, would go on calling the deterministic layer."""
+
+    class Dispatching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, second = nn.Linear(5, 4), nn.Linear(4, 3)
+            self.second = torch.compile(second, backend="eager")
+            self.order = [self.first, self.second]
+
+        def forward(self, x: Tensor) -> Tensor:
+            for module in self.order:
+                x = module(x)
+            return x
+
+    model, x = Dispatching().requires_grad_(False), torch.randn(6, 5)
+    before = model(x)
+    to_bayesian(model)
+    for module in model.order:
+        zeros = torch.zeros(1, module.in_features)
+        assert not torch.equal(module(zeros), module(zeros))
+    to_deterministic(model)
+    torch.testing.assert_close(model(x), before)

@@ -4,10 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune, weight_norm
 
-from fusedbayes import to_bayesian, to_deterministic
+from fusedbayes import BayesLinear, frozen_sample, to_bayesian, to_deterministic
 
 
 def network() -> nn.Sequential:
@@ -37,8 +38,9 @@ def own_forward() -> nn.Linear:
         lambda: parametrizations.weight_norm(nn.Linear(4, 3)),
         lambda: prune.l1_unstructured(nn.Linear(4, 3), "weight", 0.5),
         own_forward,
+        lambda: nn.Linear(4, 3, dtype=torch.complex64),
     ],
-    ids=["lazy", "old_weight_norm", "weight_norm", "pruned", "own_forward"],
+    ids=["lazy", "old_weight_norm", "weight_norm", "pruned", "own_forward", "complex"],
 )
 def test_layers_that_cannot_be_converted(odd: Callable[[], nn.Module]) -> None:
     """A layer whose weight or forward is computed elsewhere is an error that names it, not a silent exception."""
@@ -100,3 +102,26 @@ def test_nothing_to_convert(convert: Callable[[Any], nn.Module]) -> None:
         convert({})
     with pytest.raises(ValueError, match="Linear to convert"):
         convert(nn.ReLU())
+
+
+def test_layers_that_cannot_go_back() -> None:
+    """What nn.Linear has no place for is an error: tensors of one's own, the noise of an open context."""
+    model = to_bayesian(network())
+    model[0].register_buffer("calls", torch.zeros(()))
+    before = fingerprint(model)
+    with pytest.raises(ValueError, match=r"'0' must hold .* 'calls'"):
+        to_deterministic(model)
+    assert fingerprint(model) == before
+    held = nn.Sequential(BayesLinear(5, 4))
+    with frozen_sample(held, 0), pytest.raises(ValueError, match="'0' cannot be converted inside frozen_sample"):
+        to_deterministic(held)
+
+
+def test_a_distributed_wrapper_is_refused() -> None:
+    """It has collected the parameters already: rho would never be synchronised."""
+    wrapper = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
+    nn.Module.__init__(wrapper)
+    wrapper.module = network()
+    for convert in (to_bayesian, to_deterministic):
+        with pytest.raises(ValueError, match="before wrapping it in DistributedDataParallel"):
+            convert(wrapper)

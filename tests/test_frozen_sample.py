@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from fusedbayes import BayesLinear, frozen_sample, mean_mode, predict, to_bayesian, to_deterministic
+from fusedbayes import BayesLinear, frozen_sample, kl_loss, mean_mode, predict, to_bayesian, to_deterministic
 
 
 def network() -> nn.Sequential:
@@ -166,3 +166,35 @@ def test_frozen_sample_errors(model: Any, arguments: dict[str, Any], error: type
 def test_mean_mode_errors() -> None:
     with pytest.raises(TypeError, match=r"model must be a .*Module, got .*int"), mean_mode(3):  # type: ignore[arg-type]
         pass
+
+
+def test_contexts_end_in_any_order() -> None:
+    """A generator that holds a context may be closed late; the layers sample afresh once all have ended."""
+    model, x = network().eval(), torch.randn(4, 5)
+    first, second = frozen_sample(model, 0), frozen_sample(model, 1)
+    first.__enter__()
+    second.__enter__()
+    expected = model(x)
+    first.__exit__(None, None, None)
+    assert torch.equal(model(x), expected)  # the second one still counts
+    second.__exit__(None, None, None)
+    assert not torch.equal(model(x), model(x))
+
+
+def test_parametrized_layers_keep_apart() -> None:
+    """A mean that is computed anew at each access has no identity of its own, only its place."""
+
+    class Doubled(nn.Module):
+        def forward(self, tensor: Tensor) -> Tensor:
+            return 2.0 * tensor
+
+    model = nn.Sequential(*(BayesLinear(5, 5, bias=False) for _ in range(20)))
+    for layer in model:
+        for name in ("weight_mu", "weight_rho"):
+            nn.utils.parametrize.register_parametrization(layer, name, Doubled())
+    torch.testing.assert_close(kl_loss(model), torch.stack([layer.kl_loss() for layer in model]).sum())
+    noise = []
+    with frozen_sample(model, 3):
+        for layer in model:
+            noise.append(layer(torch.eye(5)) - nn.functional.linear(torch.eye(5), layer.weight_mu))
+    assert len(torch.stack(noise).flatten(1).unique(dim=0)) == 20

@@ -185,3 +185,39 @@ def test_an_exception_leaves_nothing_behind(culprit: str) -> None:
     with torch.no_grad():
         model[0].weight_mu.add_(1.0)
     torch.testing.assert_close(elbo(x, y).kl, kl_loss(model), **EXACT)
+
+
+class FastWeights(nn.Module):
+    """Calls its layer with parameters that are twice its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = bayes(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        doubled = {name: 2.0 * parameter for name, parameter in self.layer.named_parameters()}
+        return torch.func.functional_call(self.layer, doubled, (x,))
+
+
+class FrozenFirst(nn.Module):
+    """Calls its layer twice, at first with means that do not learn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = bayes(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.layer.weight_mu.requires_grad_(False)
+        y = self.layer(x)
+        self.layer.weight_mu.requires_grad_(True)
+        return y + self.layer(x)
+
+
+@pytest.mark.parametrize("make", [FastWeights, FrozenFirst])
+def test_forward_on_other_parameters_does_not_lend_its_kl(make: Callable[[], nn.Module]) -> None:
+    model, (x, y) = make(), data()
+    kl = ELBO(model, F.cross_entropy, NUM_DATA)(x, y).kl
+    torch.testing.assert_close(kl, kl_loss(model), **EXACT)
+    parameters = list(model.parameters())
+    expected = torch.autograd.grad(kl_loss(model), parameters)
+    torch.testing.assert_close(torch.autograd.grad(kl, parameters), expected, **EXACT)

@@ -87,7 +87,7 @@ def test_non_contiguous_input() -> None:
     layer = BayesLinear(4, 3)
     x = torch.randn(4, 6, 2).transpose(0, 2)
     with frozen_sample(layer, 1):
-        torch.testing.assert_close(layer(x), layer(x.contiguous()), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(layer(input=x), layer(x.contiguous()), rtol=1e-6, atol=1e-6)
 
 
 def test_without_bias() -> None:
@@ -193,6 +193,11 @@ def test_set_prior(name: str, form: str) -> None:
         ((0.0, torch.ones(5)), ValueError, r"prior_sigma must have shape \(\) or \(3, 5\), got \(5,\)"),
         ((torch.zeros(5, 3), 1.0), ValueError, r"prior_mu must have shape \(\) or \(3, 5\), got \(5, 3\)"),
         ((torch.zeros((), dtype=torch.long), 1.0), TypeError, "prior_mu must be .*int64"),
+        (
+            (0.0, torch.full((3, 5), 1e-50, dtype=torch.double)),
+            ValueError,
+            "prior_sigma must be finite and positive in .*float32",
+        ),
         (("0", 1.0), TypeError, "prior_mu must be a number, got .*str"),
         ((0.0, None), TypeError, "prior_sigma must be a number, got NoneType"),
     ],
@@ -232,6 +237,9 @@ def test_unknown_estimator_leaves_the_layer_as_it_was(value: Any) -> None:
         ({"estimator": "magic"}, ValueError, "estimator must be one of 'shared'.*, got 'magic'"),
         ({"dtype": torch.int64}, TypeError, "dtype must be a floating-point torch.dtype, got torch.int64"),
         ({"dtype": "float32"}, TypeError, "dtype must be .*, got "),
+        ({"prior_sigma": 1e-8, "dtype": torch.half}, ValueError, "prior_sigma must lie in .* torch.float16, got 1e-08"),
+        ({"prior_mu": 10**400}, ValueError, "prior_mu must be finite, got 1000"),
+        ({"sigma_init": 1e39}, ValueError, "sigma_init must lie in .* torch.float32, got 1e"),
     ],
 )
 def test_constructor_errors(arguments: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -164,3 +164,13 @@ def test_bad_results_of_callables(changes: dict[str, Any], error: type[Exception
     with pytest.raises(error, match=message):
         elbo(*data())
     assert elbo.step == 0
+
+
+def test_half_precision_nll_is_averaged_in_fp32() -> None:
+    """A sum of many bf16 numbers stands still once it is 256 times as large as they are."""
+    model = nn.Sequential(BayesLinear(3, 3, dtype=torch.bfloat16))
+    out = ELBO(model, lambda output, _: output.sum() * 0.0 + 1.0, NUM_DATA, num_samples=600)(
+        torch.ones(1, 3, dtype=torch.bfloat16), None
+    )
+    assert out.nll.dtype == torch.float32
+    assert abs(out.nll.item() - 1.0) <= 600 * 2.0**-24

@@ -216,3 +216,31 @@ def test_two_forwards_before_one_backward_have_their_own_noise() -> None:
             for ys in (outputs, expected)
         )
         torch.testing.assert_close(actual, exact, rtol=1e-13, atol=1e-13)
+
+
+def test_second_derivatives_where_one_input_depends_on_another() -> None:
+    """A layer applied twice: x of the second call is a function of the same weights, counted once."""
+    problem = double_problem((2, 3, 3), prior="none")
+    names = ("weight_mu", "weight_rho", "bias_mu", "bias_rho")
+    parameters = [leaf.detach().requires_grad_() for leaf in leaves(problem, names).values()]
+
+    def twice(*tensors: Tensor) -> Tensor:
+        hidden, _ = functional.bayes_linear(problem.x, *tensors, seed=3)
+        return functional.bayes_linear(hidden.tanh(), *tensors, seed=3)[0].square().sum()
+
+    assert torch.autograd.gradcheck(twice, parameters)
+    assert torch.autograd.gradgradcheck(twice, parameters)
+    first = torch.autograd.grad(twice(*parameters), parameters)
+    torch.testing.assert_close(torch.autograd.grad(twice(*parameters), parameters, create_graph=True), first)
+
+
+def test_vmap_over_seeds_and_samples() -> None:
+    problem = double_problem(prior="none")
+    arguments = problem.x, *problem.weight[:2], *problem.bias[:2]
+    seeds, samples = torch.arange(3), torch.arange(3) + 5
+
+    def run(seed: Tensor, sample: Tensor) -> Tensor:
+        return functional.bayes_linear(*arguments, seed=seed, sample=sample)[0]
+
+    each = torch.stack([run(seed, sample) for seed, sample in zip(seeds, samples, strict=True)])
+    torch.testing.assert_close(torch.vmap(run)(seeds, samples), each)

@@ -186,3 +186,18 @@ def test_regression_errors() -> None:
         prediction.std("0.5")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="num_samples of at least 2, got 1"):
         _ = Prediction(torch.randn(1, 4, 1)).epistemic_std
+
+
+def test_a_model_may_reuse_its_output() -> None:
+    """Each sample is copied before the next one overwrites it."""
+
+    class Reusing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.out = BayesLinear(5, 3), torch.empty(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out.copy_(self.layer(x))
+
+    outputs = predict(Reusing(), torch.randn(4, 5), num_samples=5).outputs
+    assert len(outputs.flatten(1).unique(dim=0)) == 5

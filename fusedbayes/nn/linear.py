@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fusedbayes import functional, reference
 from fusedbayes.checks import check_count, check_number, describe
-from fusedbayes.nn.module import BayesModule, FrozenNoise, FusedKL, MeanWeights
+from fusedbayes.nn.module import BayesModule, FrozenNoise, FusedKL, MeanWeights, check_fits
 
 ESTIMATORS = ("shared",)
 
@@ -102,10 +102,11 @@ class BayesLinear(BayesModule):
         bound = 1.0 / math.sqrt(self.in_features)
         for name in self.names():
             parameter = self.gaussian(name)
+            self._fill_prior(name, self.prior_mu, self.prior_sigma)
+            check_fits(self.sigma_init, "sigma_init", parameter.rho.dtype, 0.0)
             nn.init.uniform_(parameter.mu, -bound, bound)
             sigma = torch.full((), self.sigma_init, dtype=torch.float32, device=parameter.rho.device)
             parameter.rho.copy_(reference.rho_from_sigma(sigma))
-            self._fill_prior(name, self.prior_mu, self.prior_sigma)
 
     def forward(self, input: Tensor) -> Tensor:
         noise = self._noises[-1] if self._noises else None

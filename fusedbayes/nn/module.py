@@ -150,10 +150,8 @@ class BayesModule(nn.Module):
 
     def _fill_prior(self, name: str, mu: float | Tensor, sigma: float | Tensor) -> None:
         like = self.gaussian(name).mu
-        limits = torch.finfo(like.dtype)
-        for part, value, least in (("prior_mu", mu, -limits.max), ("prior_sigma", sigma, limits.tiny)):
-            if not isinstance(value, Tensor) and not least <= value <= limits.max:
-                raise ValueError(f"{part} must lie in [{least:.4g}, {limits.max:.4g}] for {like.dtype}, got {value}")
+        check_fits(mu, "prior_mu", like.dtype, -torch.finfo(like.dtype).max)
+        check_fits(sigma, "prior_sigma", like.dtype, torch.finfo(like.dtype).tiny)
         for part, value in (("prior_mu", mu), ("prior_sigma", sigma)):
             # A copy: a prior that shared storage with mu would move with it. Never an inference tensor: training
             # could not save it for the backward pass.
@@ -190,6 +188,13 @@ class BayesModule(nn.Module):
             return "prior=meta"
         values = [f"{t.item():.4g}" if t.dim() == 0 else "per weight" for t in (mu, sigma)]
         return f"prior_mu={values[0]}, prior_sigma={values[1]}"
+
+
+def check_fits(value: float | Tensor, name: str, dtype: torch.dtype, least: float) -> None:
+    """Raises ValueError unless the number `value` lies between `least` and the largest number of `dtype`."""
+    most = torch.finfo(dtype).max
+    if not isinstance(value, Tensor) and not least <= value <= most:
+        raise ValueError(f"{name} must lie in [{least:.4g}, {most:.4g}] for {dtype}, got {value}")
 
 
 def qualified_name(path: str) -> str:
