@@ -49,9 +49,8 @@ def sample_weight_backward(
     grad_mu, grad_rho = mu.new_zeros(mu.shape, dtype=dtype), mu.new_zeros(mu.shape, dtype=dtype)
     if grad_weight is not None and seed is not None:
         grad_mu += grad_weight
-        grad_rho += (
-            reference.weight_noise(mu, seed, _or_zero(sample), Address(*address)).mul_(grad_weight).mul_(sigmoid)
-        )
+        eps = reference.weight_noise(mu, seed, _or_zero(sample), Address(*address))
+        grad_rho += eps.mul_(grad_weight).mul_(sigmoid)
     if grad_kl is not None and prior_mu is not None and prior_sigma is not None:
         prior_sigma = prior_sigma.to(dtype)
         sigma = softplus.clamp(min=SIGMA_FLOOR)
