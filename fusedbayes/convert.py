@@ -1,6 +1,7 @@
 """Turning a deterministic network into a Bayesian one, and back."""
 
 import fnmatch
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
@@ -63,8 +64,8 @@ def to_bayesian(
     Raises:
         TypeError: `model` is not a module, or an argument is of the wrong type.
         ValueError: an argument is out of range; nothing matches; a matching layer is lazy, reparametrised or patched;
-            the model is wrapped in DistributedDataParallel, which would not see rho; or "moped" is combined with
-            prior_mu or sigma_init. The model is unchanged then.
+            the model is distributed already (DistributedDataParallel, FSDP), which would not see rho; or "moped" is
+            combined with prior_mu or sigma_init. The model is unchanged then.
     """
     if init not in ("mean", "moped"):
         raise ValueError(f"init must be 'mean' or 'moped', got {init!r}")
@@ -81,7 +82,8 @@ def to_bayesian(
     for linear in _select(model, nn.Linear, where):
         if init == "moped" and linear.weight.is_meta:
             raise ValueError("init='moped' needs the values of the weights, but some are on the meta device")
-        twins[linear] = _bayesian_linear(linear, options, delta, sources)
+        with torch.inference_mode(False):  # an inference tensor could not be trained
+            twins[linear] = _bayesian_linear(linear, options, delta, sources)
     return _convert(model, twins)
 
 
@@ -99,7 +101,7 @@ def to_deterministic(model: nn.Module) -> nn.Module:
     Raises:
         TypeError: `model` is not a module.
         ValueError: there is no BayesLinear; one holds tensors of its own or is held by `frozen_sample` or `mean_mode`;
-            or the model is wrapped in DistributedDataParallel. The model is unchanged then.
+            or the model is distributed already. The model is unchanged then.
     """
     return _convert(model, {layer: _linear(layer) for layer in _select(model, BayesLinear, None)})
 
@@ -107,8 +109,10 @@ def to_deterministic(model: nn.Module) -> nn.Module:
 def _select(model: nn.Module, kind: type[nn.Module], where: Where | None) -> list[Any]:
     """The modules of the class `kind` that `where` picks; ValueError unless each can be converted."""
     check_module(model)
-    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
-        raise ValueError("convert the model before wrapping it in DistributedDataParallel, which keeps old parameters")
+    for module in model.modules():
+        if isinstance(module, _distributed_wrappers()):
+            wrapper = type(module).__name__
+            raise ValueError(f"convert the model before distributing it: {wrapper} holds the parameters as they were")
     picks = _predicate(where)
     # Under each of its names: `where` may pick a shared module by any.
     named = model.named_modules(remove_duplicate=False)
@@ -121,6 +125,13 @@ def _select(model: nn.Module, kind: type[nn.Module], where: Where | None) -> lis
         more = f" and {len(candidates) - 8} more" if len(candidates) > 8 else ""
         raise ValueError(f"where={where!r} picks no {kind.__name__} to convert; the model has: {names}{more}")
     return list(dict.fromkeys(chosen.values()))
+
+
+def _distributed_wrappers() -> tuple[type, ...]:
+    # A model that is sharded has imported what shards it; importing it here would take a second.
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    sharded = () if fsdp is None else (fsdp.FullyShardedDataParallel, fsdp.FSDPModule)
+    return nn.parallel.DistributedDataParallel, *sharded
 
 
 def _is_of_class(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -188,8 +199,7 @@ def _bayesian_linear(
         layer.set_prior(layer.prior_mu if delta is None else mean, layer.prior_sigma, name)
         values = mean.detach().to(reference.compute_dtype(mean))
         sigma = torch.full_like(values, layer.sigma_init) if delta is None else (delta * values.abs()).clamp(min=1e-6)
-        rho = reference.rho_from_sigma(sigma).to(mean.dtype)
-        setattr(layer, f"{name}_rho", nn.Parameter(rho, requires_grad=mean.requires_grad))
+        setattr(layer, f"{name}_rho", nn.Parameter(reference.rho_from_sigma(sigma).to(mean.dtype), mean.requires_grad))
     return layer
 
 

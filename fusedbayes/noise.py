@@ -136,7 +136,8 @@ def _philox(seed: Tensor, quads: Tensor, rows: Tensor, sample: Tensor, stream: i
     for done in range(ROUNDS):
         # A 64-bit product that wraps keeps all its bits; the shift's sign extension is masked away.
         product = (outer * multipliers).flip(0)
-        outer = (product >> 32).bitwise_and_(_MASK).bitwise_xor_(inner).bitwise_xor_((key + done * steps) & _MASK)
+        # Out of place where vmap may have batched one operand and not the other.
+        outer = (product >> 32).bitwise_and_(_MASK) ^ (inner ^ ((key + done * steps) & _MASK))
         inner = product.bitwise_and_(_MASK)
     return outer, inner
 

@@ -59,8 +59,8 @@ class ELBO(nn.Module):
             (such as torch.nn.functional.cross_entropy) or per example, which is then averaged here.
         num_data: examples in the training set, not in the minibatch.
         kl_weight: a number >= 0 (default 1, the bound itself), or a schedule: a callable from the number of training
-            steps already done to a number (`fusedbayes.schedules`). With a schedule compile the model, not the ELBO:
-            torch.compile would compile every step anew.
+            steps already done to a number (`fusedbayes.schedules`). With a schedule, and where the model
+            checkpoints activations, compile the model and not the ELBO.
         num_samples: Monte Carlo samples of the weights per call over which nll is averaged (default 1).
 
     Shape:
@@ -85,19 +85,15 @@ class ELBO(nn.Module):
         num_samples: int = 1,
     ) -> None:
         super().__init__()
-        check_count(num_data, "num_data")
-        check_count(num_samples, "num_samples")
         if not callable(nll):
             raise TypeError(f"nll must be callable as nll(output, target), got {describe(nll)}")
-        if not callable(kl_weight):
-            check_non_negative(kl_weight, "kl_weight")
         if next(bayes_modules(model), None) is None:
             raise ValueError("model has no Bayesian layer, so its KL is zero: convert it with fusedbayes.to_bayesian")
-        self.model = model
+        self.num_data = check_count(num_data, "num_data")
+        self.num_samples = check_count(num_samples, "num_samples")
+        self.kl_weight = kl_weight if callable(kl_weight) else check_non_negative(kl_weight, "kl_weight")
         self.nll = nll
-        self.num_data = num_data
-        self.kl_weight = kl_weight
-        self.num_samples = num_samples
+        self.model = model
         self.step = 0
 
     def forward(self, x: Tensor, y: Tensor) -> ElboOutput:

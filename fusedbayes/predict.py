@@ -148,9 +148,10 @@ def predict(
 
     Raises:
         TypeError: the model does not return a tensor, or num_samples is not an int.
-        ValueError: num_samples is below 1, or the model has no Bayesian layer.
+        ValueError: num_samples is below 1, the model has no Bayesian layer, or the shape or dtype of its output
+            depends on the draw.
     """
-    check_count(num_samples, "num_samples")
+    num_samples = check_count(num_samples, "num_samples")
     layers = _addresses(model)
     seed = draw_seed(next(next(iter(layers)).parameters()).device) if seed is None else as_seed(seed)
     was_training = [(module, module.training) for module in model.modules()]
@@ -164,6 +165,11 @@ def predict(
                 raise TypeError(f"the model must return a tensor, got {describe(output)}: wrap it to pick one out")
             if outputs is None:
                 outputs = output.new_empty((num_samples, *output.shape))
+            if output.shape != outputs.shape[1:] or output.dtype != outputs.dtype:
+                raise ValueError(
+                    "the model's output must have one shape and dtype whatever the draw, got "
+                    f"{describe(output)} after {describe(outputs[0])}"
+                )
             # A copy: the model may write its next output over this one.
             outputs[sample] = output
     finally:

@@ -27,7 +27,7 @@ class Tempered:
     weight: float
 
     def __post_init__(self) -> None:
-        check_non_negative(self.weight, "weight")
+        object.__setattr__(self, "weight", check_non_negative(self.weight, "weight"))
 
     def __call__(self, step: int) -> float:
         return self.weight
@@ -54,7 +54,7 @@ class Blundell:
     num_batches: int
 
     def __post_init__(self) -> None:
-        check_count(self.num_batches, "num_batches")
+        object.__setattr__(self, "num_batches", check_count(self.num_batches, "num_batches"))
 
     def __call__(self, step: int) -> float:
         i = step % self.num_batches + 1
@@ -75,7 +75,7 @@ class LinearWarmup:
     num_steps: int
 
     def __post_init__(self) -> None:
-        check_count(self.num_steps, "num_steps")
+        object.__setattr__(self, "num_steps", check_count(self.num_steps, "num_steps"))
 
     def __call__(self, step: int) -> float:
         return min(1.0, (step + 1) / self.num_steps)
@@ -96,8 +96,9 @@ class Cyclical:
     ramp: float = 0.5
 
     def __post_init__(self) -> None:
-        check_count(self.period, "period")
-        if not 0.0 < check_number(self.ramp, "ramp") <= 1.0:
+        object.__setattr__(self, "period", check_count(self.period, "period"))
+        object.__setattr__(self, "ramp", check_number(self.ramp, "ramp"))
+        if not 0.0 < self.ramp <= 1.0:
             raise ValueError(f"ramp must lie in (0, 1], got {self.ramp}")
 
     def __call__(self, step: int) -> float:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fusedbayes import BayesLinear, frozen_sample, kl_loss, mean_mode, to_bayesian, to_deterministic
+from fusedbayes import BayesLinear, frozen_sample, kl_loss, mean_mode, predict, to_bayesian, to_deterministic
 
 
 def nested() -> nn.Sequential:
@@ -292,5 +292,7 @@ def test_whoever_holds_a_layer_holds_the_converted_one() -> None:
     for module in model.order:
         zeros = torch.zeros(1, module.in_features)
         assert not torch.equal(module(zeros), module(zeros))
+    predict(model, x, num_samples=2)
     to_deterministic(model)
     torch.testing.assert_close(model(x), before)
+    assert vars(model.first).keys() == vars(nn.Linear(5, 4)).keys()

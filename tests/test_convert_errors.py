@@ -123,5 +123,5 @@ def test_a_distributed_wrapper_is_refused() -> None:
     nn.Module.__init__(wrapper)
     wrapper.module = network()
     for convert in (to_bayesian, to_deterministic):
-        with pytest.raises(ValueError, match="before wrapping it in DistributedDataParallel"):
+        with pytest.raises(ValueError, match="before distributing it: DistributedDataParallel"):
             convert(wrapper)

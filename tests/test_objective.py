@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fusedbayes import ELBO, BayesLinear, kl_loss, schedules
+from fusedbayes import ELBO, BayesLinear, kl_loss, mean_mode, predict, schedules
 
 NUM_DATA = 57
 # Everything is float64: two ways to add up the same terms differ by a few hundred roundings of 1e-16 each.
@@ -174,3 +174,25 @@ def test_half_precision_nll_is_averaged_in_fp32() -> None:
     )
     assert out.nll.dtype == torch.float32
     assert abs(out.nll.item() - 1.0) <= 600 * 2.0**-24
+
+
+def test_a_compiled_model_is_not_compiled_for_each_use() -> None:
+    """Training, evaluation and prediction, twice: at most one graph for each of plain, fused, frozen and mean."""
+    graphs: list[Any] = []
+
+    def count(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    model, (x, y) = mlp(), data()
+    x = x.detach()
+    compiled = torch.compile(model, backend=count, fullgraph=True)
+    elbo = ELBO(compiled, F.cross_entropy, NUM_DATA)
+    with torch.no_grad():
+        for _ in range(2):
+            compiled(x)
+            elbo(x, y)
+            predict(compiled, x, num_samples=3)
+            with mean_mode(compiled):
+                compiled(x)
+    assert len(graphs) <= 4

@@ -234,7 +234,8 @@ def test_second_derivatives_where_one_input_depends_on_another() -> None:
     torch.testing.assert_close(torch.autograd.grad(twice(*parameters), parameters, create_graph=True), first)
 
 
-def test_vmap_over_seeds_and_samples() -> None:
+@pytest.mark.parametrize("dims", [(0, 0), (0, None), (None, 0)], ids=["both", "seed", "sample"])
+def test_vmap_over_seeds_and_samples(dims: tuple[int | None, int | None]) -> None:
     problem = double_problem(prior="none")
     arguments = problem.x, *problem.weight[:2], *problem.bias[:2]
     seeds, samples = torch.arange(3), torch.arange(3) + 5
@@ -242,5 +243,6 @@ def test_vmap_over_seeds_and_samples() -> None:
     def run(seed: Tensor, sample: Tensor) -> Tensor:
         return functional.bayes_linear(*arguments, seed=seed, sample=sample)[0]
 
-    each = torch.stack([run(seed, sample) for seed, sample in zip(seeds, samples, strict=True)])
-    torch.testing.assert_close(torch.vmap(run)(seeds, samples), each)
+    given = [tensor if dim == 0 else tensor[0] for tensor, dim in zip((seeds, samples), dims, strict=True)]
+    each = torch.stack([run(*(t[i] if t.dim() else t for t in given)) for i in range(3)])
+    torch.testing.assert_close(torch.vmap(run, dims)(*given), each)

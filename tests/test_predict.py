@@ -1,6 +1,7 @@
 """predict, and the summaries of its samples."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -201,3 +202,16 @@ def test_a_model_may_reuse_its_output() -> None:
 
     outputs = predict(Reusing(), torch.randn(4, 5), num_samples=5).outputs
     assert len(outputs.flatten(1).unique(dim=0)) == 5
+
+
+@pytest.mark.parametrize("odd", [lambda y: y[:1], lambda y: y.double()], ids=["shape", "dtype"])
+def test_an_output_that_depends_on_the_draw_is_refused(odd: Callable[[Tensor], Tensor]) -> None:
+    class Fickle(BayesLinear):
+        calls = 0
+
+        def forward(self, input: Tensor) -> Tensor:
+            self.calls += 1
+            return super().forward(input) if self.calls == 1 else odd(super().forward(input))
+
+    with pytest.raises(ValueError, match=r"one shape and dtype whatever the draw, got .* after"):
+        predict(Fickle(5, 3), torch.randn(4, 5), num_samples=2)

@@ -82,12 +82,16 @@ class BayesModule(nn.Module):
 
     random_tensors: ClassVar[tuple[str, ...]] = ()
 
-    # Held for a while by the context managers of `fusedbayes.predict` and `fusedbayes.objective`, in the instance's
-    # __dict__; neither copied nor saved.
-    _noises: tuple[FrozenNoise | MeanWeights, ...] = ()  # of the contexts that are open; the last one counts
-    _kl_wanted = False
-    _kl_of_forward: FusedKL | None = None
-    _TRANSIENT: ClassVar[tuple[str, ...]] = ("_noises", "_kl_wanted", "_kl_of_forward")
+    # Set for a while by the context managers of `fusedbayes.predict` and `fusedbayes.objective`; neither copied nor
+    # saved. In the instance's __dict__ from the start: torch.compile guards on what is there.
+    _noises: tuple[FrozenNoise | MeanWeights, ...]  # of the contexts that are open; the last one counts
+    _kl_wanted: bool
+    _kl_of_forward: FusedKL | None
+    _TRANSIENT: ClassVar[dict[str, Any]] = {"_noises": (), "_kl_wanted": False, "_kl_of_forward": None}
+
+    def __init__(self) -> None:
+        super().__init__()
+        vars(self).update(self._TRANSIENT)
 
     @property
     def is_held(self) -> bool:
@@ -179,7 +183,7 @@ class BayesModule(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in super().__getstate__().items() if key not in self._TRANSIENT}
+        return {**super().__getstate__(), **self._TRANSIENT}
 
     def _prior_repr(self) -> str:
         """N(mu, sigma) of the weights' prior for extra_repr, or that it is given per weight."""
