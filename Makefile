@@ -3,7 +3,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= 2
 
-.PHONY: demo test lint clean
+# Of the libraries that are compared, the constraints say which versions; what they need beyond torch they do not use here.
+PEERS := bayesian-torch torchbnn blitz-bayesian-pytorch
+RECORDS := .benchmarks/quick.jsonl
+
+.PHONY: demo test lint bench bench-compare clean
 
 # torch comes first and by its exact version, which finds a CPU build where there is one.
 .venv/installed: constraints.txt pyproject.toml setup.py
@@ -22,6 +26,23 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+.venv/peers: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt $(PEERS)
+	touch $@
+
+$(RECORDS): .venv/peers FORCE
+	mkdir -p $(@D) && rm -f $@
+	$(BIN)/pytest bench -q --records $@ > $(@D)/log || (cat $(@D)/log; exit 1)
+
+bench: $(RECORDS)
+	$(BIN)/python -m bench.report $(RECORDS) --save quick
+
+# Against the results that are kept for this device.
+bench-compare: $(RECORDS)
+	$(BIN)/python -m bench.compare "$$($(BIN)/python -m bench.report --where)/quick.json" $(RECORDS)
+
+FORCE:
 
 clean:
 	rm -rf .venv build *.egg-info

@@ -1,0 +1,1 @@
+"""Throughput and memory benchmarks; see docs/performance.md."""

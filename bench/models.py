@@ -1,0 +1,192 @@
+"""A network of one implementation, ready to run: its parameters, its step, and the check of its answers."""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+import fusedbayes as fb
+from bench.cases import Case
+from bench.implementations import OURS, SIGMA_INIT, Implementation
+from fusedbayes import reference
+from fusedbayes.reference import GaussianParameter
+
+CHECK_DRAWS = 16
+
+
+class WithKL(nn.Module):
+    """Returns the output and the KL of a network, so that torch.compile sees both."""
+
+    def __init__(self, network: nn.Module, kl: Callable[[nn.Module], Tensor]) -> None:
+        super().__init__()
+        self.network = network
+        self.kl = kl
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.network(x), self.kl(self.network)
+
+
+class Model:
+    """The network of `case` in one implementation.
+
+    Attributes:
+        network: the module.
+        layers: its Bayesian (or linear) layers, in the order in which they were made.
+    """
+
+    def __init__(self, implementation: Implementation, case: Case, device: str) -> None:
+        self.implementation = implementation
+        self.case = case
+        self.device = device
+        self.layers: list[nn.Module] = []
+
+        def make(in_features: int, out_features: int) -> nn.Module:
+            self.layers.append(implementation.make_layer(in_features, out_features))
+            return self.layers[-1]
+
+        self.network = case.network.build(make).to(device)
+        self.set_posterior(SIGMA_INIT)
+        self.x = case.input(device)
+        if case.trains:
+            self.x.requires_grad_()
+        self._prepare()
+
+    def _prepare(self) -> None:
+        forward: nn.Module = self.network
+        with_kl = WithKL(self.network, self.implementation.kl) if self.implementation.kl else None
+        if self.implementation.compiled:
+            assert with_kl is not None
+            forward, with_kl = torch.compile(self.network), torch.compile(with_kl)
+        self._forward, self._with_kl = forward, with_kl
+        self._elbo = fb.ELBO(self.network, _mean_square, num_data=1) if self.implementation.name == OURS else None
+        self._optimizer = torch.optim.Adam(self.network.parameters(), lr=1e-4)
+
+    @torch.no_grad()
+    def set_posterior(self, sigma_ratio: float) -> None:
+        """The same means for every implementation, and sigma = sigma_ratio / sqrt(in_features)."""
+        generator = torch.Generator().manual_seed(0)
+        for layer, (k, n) in zip(self.layers, self.case.network.layers, strict=True):
+            scale = 1.0 / math.sqrt(k)
+            names = self.implementation.parameters
+            for i, shape in enumerate(((n, k), (n,))):
+                mu = torch.empty(shape).uniform_(-scale, scale, generator=generator)
+                if names is None:
+                    (layer.weight, layer.bias)[i].copy_(mu)
+                    continue
+                sigma = torch.full(shape, sigma_ratio * scale)
+                # BLiTZ samples from aliases of its parameters, so the values are written in place.
+                layer.get_parameter(names[2 * i]).copy_(mu)
+                layer.get_parameter(names[2 * i + 1]).copy_(self.implementation.from_sigma(sigma))
+
+    @contextlib.contextmanager
+    def precision(self) -> Iterator[None]:
+        """Autocast to bfloat16 where the case asks for it."""
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.case.precision == "bf16"):
+            yield
+
+    def forward(self) -> Tensor:
+        with torch.no_grad(), self.precision():
+            return self._forward(self.x)
+
+    def loss(self) -> tuple[Tensor, Tensor | None]:
+        """The training loss, and the KL in it."""
+        with self.precision():
+            if self._elbo is not None:
+                out = self._elbo(self.x, self.x)
+                return out.loss, out.kl
+            if self._with_kl is None:
+                return _mean_square(self._forward(self.x), self.x), None
+            y, kl = self._with_kl(self.x)
+            return _mean_square(y, self.x) + kl, kl
+
+    def forward_backward(self) -> None:
+        loss, _ = self.loss()
+        torch.autograd.grad(loss, [self.x, *self.network.parameters()], allow_unused=True)
+
+    def training_step(self) -> None:
+        self._optimizer.zero_grad()
+        self.loss()[0].backward()
+        self._optimizer.step()
+
+    def prediction(self) -> Tensor:
+        with torch.no_grad(), self.precision():
+            if self._elbo is not None:
+                return fb.predict(self.network, self.x, self.case.samples).outputs
+            return torch.stack([self._forward(self.x) for _ in range(self.case.samples)])
+
+    @property
+    def run(self) -> Callable[[], object]:
+        """What is timed."""
+        steps: dict[str, Callable[[], object]] = {
+            "forward": self.forward,
+            "forward+backward": self.forward_backward,
+            "training step": self.training_step,
+            "prediction": self.prediction,
+        }
+        return steps[self.case.group]
+
+    def check(self) -> None:
+        """Raises AssertionError unless mean, spread and KL are what the posterior says: no number without it.
+
+        Implementations draw different noise, so what is compared is the function at sigma -> 0 with the means' own,
+        the spread of the outputs of a single layer with its exact value, and the KL with its formula.
+        """
+        self.set_posterior(1e-6)
+        expected = Model(_linear(), self.case, self.device)
+        expected.x = self.x
+        # Rounding of a product's operands, of which a network chains a few.
+        tolerance = 2e-4 if self.case.precision == "fp32" else 6e-2
+        mean = expected.forward().float()
+        _assert_near(self.forward().float(), mean, tolerance, "the output at sigma -> 0")
+        self.set_posterior(SIGMA_INIT)
+        if self.implementation.kl is None:
+            return
+        if len(self.layers) == 1:
+            self._check_spread(mean)
+        if self.case.trains:
+            _, kl = self.loss()
+            assert kl is not None
+            self._check_kl(kl.item())
+
+    def _check_spread(self, mean: Tensor) -> None:
+        (k, _) = self.case.network.layers[0]
+        variance = (SIGMA_INIT**2 / k) * (self.x.detach().square().sum(-1, keepdim=True) + 1.0)
+        deviations = torch.stack([self.forward().float() - mean for _ in range(CHECK_DRAWS)])
+        ratio = (deviations.square() / variance).mean().item()
+        # Each draw has 1024 and more independent outputs: 5 standard errors of a mean of squares, sqrt(2 / n). The
+        # rounding of 16-bit operands adds a variance of its own.
+        slack = 5 * math.sqrt(2 / (CHECK_DRAWS * deviations.shape[-1])) + (
+            0.0 if self.case.precision == "fp32" else 0.02
+        )
+        assert abs(ratio - 1.0) <= slack, f"the outputs' variance is {ratio:.4f} of what it should be"
+
+    def _check_kl(self, kl: float) -> None:
+        names = self.implementation.parameters
+        assert names is not None
+        expected, weights = 0.0, 0
+        for layer, (k, _) in zip(self.layers, self.case.network.layers, strict=True):
+            scale = torch.tensor(1.0 / math.sqrt(k), dtype=torch.float64)
+            for name in names[::2]:
+                mu = layer.get_parameter(name).detach().double().cpu()
+                rho = reference.rho_from_sigma(SIGMA_INIT * scale).expand_as(mu)
+                terms = reference.weight_kl(GaussianParameter(mu, rho, torch.zeros_like(scale), scale)).item()
+                expected += terms / mu.numel() if self.implementation.kl_is_mean else terms
+                weights += mu.numel()
+        # fp32 sums; or a single-sample estimate, whose terms have a standard deviation below 1.
+        slack = 6 * math.sqrt(weights) if self.implementation.kl_is_sampled else 1e-4 * expected
+        assert abs(kl - expected) <= slack, f"the KL is {kl}, and should be {expected}"
+
+
+def _mean_square(output: Tensor, _: Tensor) -> Tensor:
+    return output.float().square().mean()
+
+
+def _linear() -> Implementation:
+    return Implementation("nn.Linear", nn.Linear)
+
+
+def _assert_near(actual: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
+    error = ((actual - expected).norm() / expected.norm()).item()
+    assert error <= tolerance, f"{what} is off by {error:.1e}, allowed {tolerance:.0e}"
