@@ -31,6 +31,7 @@ class Network:
     name: str
     layers: tuple[tuple[int, int], ...]
     build: Callable[[LayerFactory], nn.Module]
+    trains_before: bool = False  # something in front of the first layer learns, so that training needs its dX
 
     @property
     def in_features(self) -> int:
@@ -78,7 +79,7 @@ def mlp(*widths: int) -> Network:
 def block(width: int) -> Network:
     """The linear layers of a transformer block: qkv, projection, 4x MLP."""
     layers = ((width, 3 * width), (width, width), (width, 4 * width), (4 * width, width))
-    return Network(f"block {width}", layers, lambda make: TransformerBlock(make, width, heads=16))
+    return Network(f"block {width}", layers, lambda make: TransformerBlock(make, width, heads=16), trains_before=True)
 
 
 @dataclass(frozen=True)
@@ -111,9 +112,15 @@ class Case:
 
     @property
     def flop(self) -> int:
-        """Floating-point operations of the matrix products: a multiplication and an addition each."""
+        """Floating-point operations of the layers' matrix products: a multiplication and an addition each."""
         products = 3 if self.trains else self.samples
-        return sum(2 * self.rows * n * k * products for k, n in self.network.layers)
+        return sum(2 * self.rows * n * k * products for k, n in self.network.layers) - 2 * self.rows * self._without_dx
+
+    @property
+    def _without_dx(self) -> int:
+        """Weights of the first layer if nobody wants the gradient of its input."""
+        k, n = self.network.layers[0]
+        return k * n if self.group == "training step" and not self.network.trains_before else 0
 
     @property
     def bytes(self) -> int:
@@ -126,7 +133,7 @@ class Case:
         activation = 4 if self.precision == "fp32" else 2
         passes = 3 if self.trains else self.samples
         activations = sum(self.rows * (k + n) * activation * passes for k, n in self.network.layers)
-        return per_weight * self.network.weights + activations
+        return per_weight * self.network.weights - 8 * self._without_dx + activations
 
     def input(self, device: str) -> Tensor:
         return torch.randn(self.rows, self.network.in_features, device=device)

@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,7 +29,12 @@ def _program(main: Callable[[], None], *arguments: str) -> int:
     try:
         main()
     except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 1
+        if isinstance(stop.code, str):
+            print(stop.code)
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except Exception:  # one step's failure leaves the next ones their turn
+        traceback.print_exc(file=sys.stdout)
+        return 1
     finally:
         sys.argv = before
     return 0

@@ -57,17 +57,19 @@ class CleanLinear(nn.Module):
         self.prior_sigma = 1.0 / math.sqrt(in_features)
         self.weight_mu, self.weight_rho = (nn.Parameter(torch.zeros(out_features, in_features)) for _ in range(2))
         self.bias_mu, self.bias_rho = (nn.Parameter(torch.zeros(out_features)) for _ in range(2))
-        self.kl = torch.zeros(())
 
     def forward(self, x: Tensor) -> Tensor:
         weight_sigma, bias_sigma = F.softplus(self.weight_rho), F.softplus(self.bias_rho)
         weight = self.weight_mu + weight_sigma * torch.randn_like(weight_sigma)
         bias = self.bias_mu + bias_sigma * torch.randn_like(bias_sigma)
-        self.kl = self._kl(self.weight_mu, weight_sigma) + self._kl(self.bias_mu, bias_sigma)
         return F.linear(x, weight, bias)
 
-    def _kl(self, mu: Tensor, sigma: Tensor) -> Tensor:
-        s0 = self.prior_sigma
+    def kl(self) -> Tensor:
+        """Compiled together with the forward, it shares the softplus."""
+        return self._kl(self.weight_mu, self.weight_rho) + self._kl(self.bias_mu, self.bias_rho)
+
+    def _kl(self, mu: Tensor, rho: Tensor) -> Tensor:
+        sigma, s0 = F.softplus(rho), self.prior_sigma
         return (math.log(s0) - sigma.log() + (sigma.square() + mu.square()) / (2 * s0**2) - 0.5).sum()
 
 
@@ -76,16 +78,17 @@ class ReferenceLinear(CleanLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         parameters = self.weight_mu, self.weight_rho, self.bias_mu, self.bias_rho
-        prior = torch.zeros((), device=x.device), torch.full((), self.prior_sigma, device=x.device)
-        weight, bias = (GaussianParameter(*pair, *prior) for pair in (parameters[:2], parameters[2:]))
-        self.kl = reference.weight_kl(weight) + reference.weight_kl(bias)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return reference.bayes_linear(x, *parameters, draw_seed(x.device))
 
+    def _kl(self, mu: Tensor, rho: Tensor) -> Tensor:
+        prior = mu.new_zeros(()), mu.new_full((), self.prior_sigma)
+        return reference.weight_kl(GaussianParameter(mu, rho, *prior))
+
 
 def _sum_of_layers(model: nn.Module) -> Tensor:
-    return torch.stack([module.kl for module in model.modules() if isinstance(module, CleanLinear)]).sum()
+    return torch.stack([module.kl() for module in model.modules() if isinstance(module, CleanLinear)]).sum()
 
 
 MU_RHO = ("weight_mu", "weight_rho", "bias_mu", "bias_rho")
@@ -156,7 +159,8 @@ def _blitz() -> list[Implementation]:
         Implementation(
             "BLiTZ",
             lambda k, n: modules.BayesianLinear(k, n, prior_sigma_1=1.0 / math.sqrt(k), prior_pi=1.0),
-            MU_RHO,
+            # The tensors that it samples from, of which the layer's own parameters are copies once it has moved.
+            ("weight_sampler.mu", "weight_sampler.rho", "bias_sampler.mu", "bias_sampler.rho"),
             kl=kl,
             kl_is_sampled=True,
         )

@@ -1,6 +1,8 @@
 """Timing, memory and the machine's ceilings."""
 
+import gc
 import platform
+import random
 import statistics
 import subprocess
 import time
@@ -15,30 +17,34 @@ from torch import Tensor
 
 Run = Callable[[], object]
 
-# Rounds are added until this much time is spent on an implementation, within these bounds.
+# Rounds are chosen to spend this much time on an implementation on average, within these bounds.
 SECONDS = 0.6
-MIN_ROUNDS, MAX_ROUNDS = 5, 100
+MIN_ROUNDS, MAX_ROUNDS = 7, 100
 
 
 def time_interleaved(runs: Mapping[str, Run], device: str, seconds: float = SECONDS) -> dict[str, list[float]]:
-    """Seconds of each run, one round of all after another, so that whatever disturbs the machine disturbs all alike.
+    """Seconds of each run, in rounds of all of them in an order drawn afresh, equally many for each.
 
-    On CUDA each round is timed by events, after a pass over a buffer larger than the L2 cache.
+    So whatever disturbs the machine disturbs all alike, and nobody always comes after the same one. On CUDA each run is
+    timed by events, after a pass over a buffer larger than the L2 cache.
     """
     once = _cuda_timer() if device == "cuda" else _host_timer
     for run in runs.values():
-        for _ in range(2):
-            run()
+        run()
+    first = sum(once(run) for run in runs.values())
+    rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(len(runs) * seconds / first)))
+    order, shuffle = list(runs), random.Random(0).shuffle
     times: dict[str, list[float]] = {name: [] for name in runs}
-    while any(_wants_more(rounds, seconds) for rounds in times.values()):
-        for name, run in runs.items():
-            if _wants_more(times[name], seconds):
-                times[name].append(once(run))
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            shuffle(order)
+            for name in order:
+                times[name].append(once(runs[name]))
+    finally:
+        gc.enable()
     return times
-
-
-def _wants_more(rounds: list[float], seconds: float) -> bool:
-    return len(rounds) < MIN_ROUNDS or (len(rounds) < MAX_ROUNDS and sum(rounds) < seconds)
 
 
 def _host_timer(run: Run) -> float:
@@ -123,7 +129,6 @@ def ceilings(device: str) -> dict[str, float]:
 
 def environment(device: str) -> dict[str, Any]:
     """Device, versions, date and commit, for every record."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return {
         "device": device_name(device),
         "threads": torch.get_num_threads(),
@@ -131,8 +136,19 @@ def environment(device: str) -> dict[str, Any]:
         "triton": triton.__version__,
         "python": platform.python_version(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": _commit(),
     }
+
+
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return run.stdout.strip()
 
 
 def device_name(device: str) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import fusedbayes as fb
 from bench.cases import Case
-from bench.implementations import OURS, SIGMA_INIT, Implementation
+from bench.implementations import BASELINE, OURS, SIGMA_INIT, Implementation
 from fusedbayes import reference
 from fusedbayes.reference import GaussianParameter
 
@@ -49,7 +49,7 @@ class Model:
         self.network = case.network.build(make).to(device)
         self.set_posterior(SIGMA_INIT)
         self.x = case.input(device)
-        if case.trains:
+        if case.group == "forward+backward":
             self.x.requires_grad_()
         self._prepare()
 
@@ -58,7 +58,9 @@ class Model:
         with_kl = WithKL(self.network, self.implementation.kl) if self.implementation.kl else None
         if self.implementation.compiled:
             assert with_kl is not None
-            forward, with_kl = torch.compile(self.network), torch.compile(with_kl)
+            # For these very shapes, and no silent way back to eager.
+            forward = torch.compile(self.network, dynamic=False, fullgraph=True)
+            with_kl = torch.compile(with_kl, dynamic=False, fullgraph=True)
         self._forward, self._with_kl = forward, with_kl
         self._elbo = fb.ELBO(self.network, _mean_square, num_data=1) if self.implementation.name == OURS else None
         self._optimizer = torch.optim.Adam(self.network.parameters(), lr=1e-4)
@@ -76,7 +78,6 @@ class Model:
                     (layer.weight, layer.bias)[i].copy_(mu)
                     continue
                 sigma = torch.full(shape, sigma_ratio * scale)
-                # BLiTZ samples from aliases of its parameters, so the values are written in place.
                 layer.get_parameter(names[2 * i]).copy_(mu)
                 layer.get_parameter(names[2 * i + 1]).copy_(self.implementation.from_sigma(sigma))
 
@@ -101,14 +102,16 @@ class Model:
             y, kl = self._with_kl(self.x)
             return _mean_square(y, self.x) + kl, kl
 
-    def forward_backward(self) -> None:
+    def forward_backward(self) -> tuple[Tensor | None, ...]:
+        """Gradients of x and of every parameter."""
         loss, _ = self.loss()
-        torch.autograd.grad(loss, [self.x, *self.network.parameters()], allow_unused=True)
+        return torch.autograd.grad(loss, [self.x, *self.network.parameters()], allow_unused=True)
 
     def training_step(self) -> None:
-        self._optimizer.zero_grad()
         self.loss()[0].backward()
         self._optimizer.step()
+        # Last, so that the next step allocates its gradients itself.
+        self._optimizer.zero_grad()
 
     def prediction(self) -> Tensor:
         with torch.no_grad(), self.precision():
@@ -128,27 +131,54 @@ class Model:
         return steps[self.case.group]
 
     def check(self) -> None:
-        """Raises AssertionError unless mean, spread and KL are what the posterior says: no number without it.
+        """Raises AssertionError unless mean, spread, KL and gradients are what the posterior says.
 
-        Implementations draw different noise, so what is compared is the function at sigma -> 0 with the means' own,
-        the spread of the outputs of a single layer with its exact value, and the KL with its formula.
+        Implementations draw different noise, so what is compared is the function and its gradients at sigma -> 0 with
+        those of nn.Linear, the spread of a single layer's outputs with its exact value, and the KL with its formula.
         """
         self.set_posterior(1e-6)
-        expected = Model(_linear(), self.case, self.device)
-        expected.x = self.x
-        # Rounding of a product's operands, of which a network chains a few.
-        tolerance = 2e-4 if self.case.precision == "fp32" else 6e-2
-        mean = expected.forward().float()
+        linear = Model(Implementation(BASELINE, nn.Linear), self.case, self.device)
+        linear.x = self.x
+        # fp32: sums of a thousand products and sigma itself; bf16: 2^-9 an operand, over a few layers.
+        tolerance = 2e-5 if self.case.precision == "fp32" else 2e-2
+        mean = linear.forward().float()
         _assert_near(self.forward().float(), mean, tolerance, "the output at sigma -> 0")
+        if self.case.trains and self.implementation.kl is not None:
+            self._check_gradients(linear, tolerance)
         self.set_posterior(SIGMA_INIT)
         if self.implementation.kl is None:
             return
+        if self.case.group == "prediction":
+            outputs = self.prediction()
+            assert outputs.shape == (self.case.samples, *mean.shape), f"outputs of shape {tuple(outputs.shape)}"
+            distinct = len(outputs.flatten(1).unique(dim=0))
+            assert distinct == self.case.samples, f"{distinct} distinct samples of {self.case.samples}"
         if len(self.layers) == 1:
             self._check_spread(mean)
         if self.case.trains:
             _, kl = self.loss()
             assert kl is not None
             self._check_kl(kl.item())
+
+    def _check_gradients(self, linear: "Model", tolerance: float) -> None:
+        """dmu = dW of nn.Linear + mu / s0^2 at sigma -> 0; every parameter has a finite gradient."""
+        names = self.implementation.parameters
+        assert names is not None
+        expected_grads = torch.autograd.grad(linear.loss()[0], list(linear.network.parameters()))
+        by_parameter = dict(zip(map(id, linear.network.parameters()), expected_grads, strict=True))
+        parameters = [layer.get_parameter(name) for layer in self.layers for name in names]
+        grads = torch.autograd.grad(self.loss()[0], parameters)
+        for index, (parameter, grad) in enumerate(zip(parameters, grads, strict=True)):
+            layer, kind = divmod(index, 4)
+            assert grad.isfinite().all(), f"a gradient of {names[kind]} is not finite"
+            # A sampled KL has gradients of its own noise, 1 / sigma.
+            if kind % 2 == 1 or self.implementation.kl_is_sampled:
+                continue
+            weight = (linear.layers[layer].weight, linear.layers[layer].bias)[kind // 2]
+            of_kl = parameter.detach() * self.case.network.layers[layer][0]  # mu / s0^2, s0^2 = 1 / in_features
+            if self.implementation.kl_is_mean:
+                of_kl = of_kl / parameter.numel()
+            _assert_near(grad, by_parameter[id(weight)] + of_kl, tolerance, f"the gradient of {names[kind]}")
 
     def _check_spread(self, mean: Tensor) -> None:
         (k, _) = self.case.network.layers[0]
@@ -181,10 +211,6 @@ class Model:
 
 def _mean_square(output: Tensor, _: Tensor) -> Tensor:
     return output.float().square().mean()
-
-
-def _linear() -> Implementation:
-    return Implementation("nn.Linear", nn.Linear)
 
 
 def _assert_near(actual: Tensor, expected: Tensor, tolerance: float, what: str) -> None:

@@ -8,6 +8,7 @@ figures into DIR (default bench/results/<device>); with --save it also keeps the
 
 import argparse
 import json
+import math
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -69,8 +70,7 @@ def tables(records: list[Record]) -> str:
             baseline, rival = rows.get(BASELINE), fastest_rival(rows)
             for row in sorted(rows.values(), key=lambda row: row["median_s"]):
                 ratios = [f"{row['median_s'] / other['median_s']:.2f}" if other else "-" for other in (baseline, rival)]
-                # The floor is a Bayesian layer's; an ordinary one has less to do.
-                share = "-" if row["implementation"] == BASELINE else f"{row['share_of_floor']:.1%}"
+                share = "-" if row["share_of_floor"] is None else f"{row['share_of_floor']:.1%}"
                 memory = [f"{row[key] / 2**20:.1f} MiB" for key in ("peak_bytes", "kept_bytes")]
                 cells = [case, row["implementation"], _time(row["median_s"]), *ratios, share, *memory]
                 lines.append("| " + " | ".join(cells) + " |")
@@ -94,7 +94,7 @@ def draw_ratios(records: list[Record], out: Path) -> list[Path]:
         height = 1.2 + 0.16 * len(rows) * (len(names) + 1.5)
         figure, axes = plt.subplots(figsize=(9, height), layout="constrained")
         for i, name in enumerate(names):
-            ratios = [r[name]["median_s"] / r[BASELINE]["median_s"] if name in r else 0.0 for r in rows.values()]
+            ratios = [r[name]["median_s"] / r[BASELINE]["median_s"] if name in r else math.nan for r in rows.values()]
             positions = [k + (i - len(names) / 2) / (len(names) + 1.5) for k in range(len(rows))]
             style = {"color": "black"} if name == OURS else {}
             axes.barh(positions, ratios, height=1 / (len(names) + 1.5), label=name, **style)
@@ -156,7 +156,10 @@ def main() -> None:
     parser.add_argument("--where", action="store_true", help="only print this device's folder of results")
     arguments = parser.parse_args()
     if arguments.where:
-        print(RESULTS / slug(device_name("cuda" if torch.cuda.is_available() else "cpu")))
+        print(
+            RESULTS.relative_to(RESULTS.parent.parent)
+            / slug(device_name("cuda" if torch.cuda.is_available() else "cpu"))
+        )
         return
     records = load(arguments.files)
     first = records[0]

@@ -27,8 +27,8 @@ class Shifted(implementations.CleanLinear):
 
 
 class Averaged(implementations.CleanLinear):
-    def _kl(self, mu: Tensor, sigma: Tensor) -> Tensor:
-        return super()._kl(mu, sigma) / mu.numel()
+    def _kl(self, mu: Tensor, rho: Tensor) -> Tensor:
+        return super()._kl(mu, rho) / mu.numel()
 
 
 def eager(kind: type[nn.Module]) -> implementations.Implementation:
@@ -41,14 +41,16 @@ def test_right_answers_pass_the_check(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "message"), [(TooLoud, "sigma -> 0"), (Shifted, "sigma -> 0"), (Averaged, "KL is")], ids=lambda v: str(v)
+    ("kind", "message"),
+    [(TooLoud, "sigma -> 0"), (Shifted, "sigma -> 0"), (Averaged, "gradient")],
+    ids=["loud", "shifted", "averaged"],
 )
 def test_a_wrong_answer_gives_no_number(kind: type[nn.Module], message: str) -> None:
     with pytest.raises(AssertionError, match=message):
         Model(eager(kind), CASE, "cpu").check()
 
 
-def test_noise_that_is_shared_or_missing_is_found() -> None:
+def test_missing_noise_is_found() -> None:
     class Quiet(implementations.CleanLinear):
         def forward(self, x: Tensor) -> Tensor:
             super().forward(x)
@@ -79,7 +81,13 @@ def test_kept_for_backward_and_peak() -> None:
 
 def records(ours: float) -> list[dict[str, Any]]:
     times = {"nn.Linear": 1e-3, "torch.compile": 3e-3, "fusedbayes": ours}
-    same = {"group": "forward", "precision": "fp32", "network": "64 x 64", "share_of_floor": 0.5, "device": "d"}
+    same: dict[str, Any] = {
+        "group": "forward",
+        "precision": "fp32",
+        "network": "64 x 64",
+        "share_of_floor": 0.5,
+        "device": "d",
+    }
     same |= {"peak_bytes": 2**20, "kept_bytes": 0, "torch": "t", "triton": "t", "date": "d", "commit": "c"}
     same |= {"bytes_per_s": 1e9, "flop_per_s_fp32": 1e9, "flop_per_s_bf16": 1e9}
     return [
@@ -111,6 +119,8 @@ def test_compare_finds_what_got_slower() -> None:
     found = compare.slower(old, records(2.5e-3))
     assert [(case, name) for _, case, name, _ in found] == [("1 rows", "fusedbayes"), ("2 rows", "fusedbayes")]
     assert all(abs(factor - 1.25) < 1e-9 for *_, factor in found)
+    lost = compare.missing(old, [r for r in old if r["rows"] == 1 and r["implementation"] != "fusedbayes"])
+    assert lost == [("forward", "1 rows", "fusedbayes")]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here, not interpreted")
