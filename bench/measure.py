@@ -143,9 +143,7 @@ def environment(device: str) -> dict[str, Any]:
 def _commit() -> str:
     command = ["git", "describe", "--always", "--dirty"]
     try:
-        return subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        ).stdout.strip()
+        run = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return run.stdout.strip()

@@ -156,10 +156,8 @@ def main() -> None:
     parser.add_argument("--where", action="store_true", help="only print this device's folder of results")
     arguments = parser.parse_args()
     if arguments.where:
-        print(
-            RESULTS.relative_to(RESULTS.parent.parent)
-            / slug(device_name("cuda" if torch.cuda.is_available() else "cpu"))
-        )
+        device = device_name("cuda" if torch.cuda.is_available() else "cpu")
+        print(RESULTS.relative_to(RESULTS.parent.parent) / slug(device))
         return
     records = load(arguments.files)
     first = records[0]
