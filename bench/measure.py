@@ -79,7 +79,8 @@ def peak_memory(run: Run, device: str) -> int:
         run()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, profile_memory=True, acc_events=True) as profile:
         run()
     # The raw trace: the profiler's own summary folds most allocations into the operators that made them.
     trace = profile.profiler.kineto_results.events()
