@@ -49,6 +49,9 @@ class Implementation:
     compiled: bool = False
 
 
+LINEAR = Implementation(BASELINE, nn.Linear)
+
+
 class CleanLinear(nn.Module):
     """What a careful user writes in six lines and hands to torch.compile: the real rival."""
 
@@ -97,7 +100,7 @@ MU_RHO = ("weight_mu", "weight_rho", "bias_mu", "bias_rho")
 def implementations() -> dict[str, Implementation]:
     """Every implementation whose package can be imported, the baseline first and fusedbayes second."""
     found = [
-        Implementation(BASELINE, nn.Linear),
+        LINEAR,
         Implementation(OURS, fb.BayesLinear, MU_RHO, kl=fb.kl_loss),
         Implementation(REFERENCE, ReferenceLinear, MU_RHO, kl=_sum_of_layers),
         Implementation("torch.compile", CleanLinear, MU_RHO, kl=_sum_of_layers, compiled=True),

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import fusedbayes as fb
 from bench.cases import Case
-from bench.implementations import BASELINE, OURS, SIGMA_INIT, Implementation
+from bench.implementations import LINEAR, OURS, SIGMA_INIT, Implementation
 from fusedbayes import reference
 from fusedbayes.reference import GaussianParameter
 
@@ -137,7 +137,7 @@ class Model:
         those of nn.Linear, the spread of a single layer's outputs with its exact value, and the KL with its formula.
         """
         self.set_posterior(1e-6)
-        linear = Model(Implementation(BASELINE, nn.Linear), self.case, self.device)
+        linear = Model(LINEAR, self.case, self.device)
         linear.x = self.x
         # fp32: sums of a thousand products and sigma itself; bf16: 2^-9 an operand, over a few layers.
         tolerance = 2e-5 if self.case.precision == "fp32" else 2e-2

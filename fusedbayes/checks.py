@@ -47,6 +47,7 @@ def check_number(value: float, name: str, *, positive: bool = False) -> float:
 
 def check_non_negative(value: float, name: str) -> float:
     """Returns the number `value`; raises TypeError or ValueError unless it is finite and not negative."""
-    if check_number(value, name) < 0.0:
+    number = check_number(value, name)
+    if number < 0.0:
         raise ValueError(f"{name} must not be negative, got {value}")
-    return float(value)
+    return number

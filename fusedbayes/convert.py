@@ -109,8 +109,9 @@ def to_deterministic(model: nn.Module) -> nn.Module:
 def _select(model: nn.Module, kind: type[nn.Module], where: Where | None) -> list[Any]:
     """The modules of the class `kind` that `where` picks; ValueError unless each can be converted."""
     check_module(model)
+    wrappers = _distributed_wrappers()
     for module in model.modules():
-        if isinstance(module, _distributed_wrappers()):
+        if isinstance(module, wrappers):
             wrapper = type(module).__name__
             raise ValueError(f"convert the model before distributing it: {wrapper} holds the parameters as they were")
     picks = _predicate(where)
@@ -118,8 +119,9 @@ def _select(model: nn.Module, kind: type[nn.Module], where: Where | None) -> lis
     named = model.named_modules(remove_duplicate=False)
     candidates = {name: module for name, module in named if _is_of_class(module, kind)}
     chosen = {name: module for name, module in candidates.items() if picks(name, module)}
+    fresh = kind(1, 1, device="meta")
     for name, module in chosen.items():
-        _check_convertible(name, module, kind)
+        _check_convertible(name, module, {*fresh._parameters, *fresh._buffers})
     if not chosen:
         names = ", ".join(map(repr, list(candidates)[:8])) or "none"
         more = f" and {len(candidates) - 8} more" if len(candidates) > 8 else ""
@@ -141,21 +143,20 @@ def _is_of_class(module: nn.Module, kind: type[nn.Module]) -> bool:
     return (type(module).__bases__ if parametrize.is_parametrized(module) else (type(module),)) == (kind,)
 
 
-def _check_convertible(name: str, module: Any, kind: type[nn.Module]) -> None:
+def _check_convertible(name: str, module: Any, expected: set[str]) -> None:
+    """Raises ValueError unless `module` is what its class says: the `expected` tensors and the class's forward."""
     if isinstance(module, nn.LazyLinear):
         raise ValueError(f"{name!r} is an nn.LazyLinear without weights yet: run one forward before converting")
     if "forward" in vars(module):
         raise ValueError(f"{name!r} has a forward of its own, which a converted layer would not compute")
     held = {*module._parameters, *module._buffers}
-    fresh = kind(1, 1, device="meta")
-    expected = {*fresh._parameters, *fresh._buffers}
     if held != expected:
         # torch.nn.utils.weight_norm, pruning and parametrizations compute the weight from other tensors.
         raise ValueError(
             f"{name!r} must hold {sorted(expected)} and no other tensors, got {sorted(held)}: "
             "remove reparametrisations first"
         )
-    if kind is nn.Linear and not module.weight.is_floating_point():
+    if isinstance(module, nn.Linear) and not module.weight.is_floating_point():
         raise ValueError(f"{name!r} must have floating-point weights, got dtype {module.weight.dtype}")
     if isinstance(module, BayesLinear) and module.is_held:
         raise ValueError(f"{name!r} cannot be converted inside frozen_sample or mean_mode")
@@ -216,11 +217,13 @@ def _convert(model: nn.Module, twins: dict[nn.Module, nn.Module]) -> nn.Module:
     The object itself changes its class, as torch's lazy and parametrized modules do: whoever holds it, a list, an
     optimizer's closure or a compiled wrapper, holds the converted layer.
     """
+    # All modules are of one class, and so are all twins.
+    old, new = map(type, next(iter(twins.items())))
+    dropped, kept = _constructed(old), {"_parameters", "_buffers", *_constructed(new)}
     for module, twin in twins.items():
-        for attribute in _constructed(type(module)):
+        for attribute in dropped:
             vars(module).pop(attribute, None)
-        module.__class__ = type(twin)
-        kept = {"_parameters", "_buffers", *_constructed(type(twin))}
+        module.__class__ = new
         vars(module).update({key: value for key, value in vars(twin).items() if key in kept})
     for parent in model.modules():
         for kind, (attribute, off) in _SHORTCUTS.items():

@@ -20,6 +20,7 @@ from fusedbayes.nn.module import (
     variational_parameters,
 )
 from fusedbayes.noise import Address, Role, as_sample, as_seed, draw_seed
+from fusedbayes.reference import compute_dtype
 
 _ROLES = {"weight": Role.WEIGHT, "bias": Role.BIAS}
 # Layers are numbered below 2^28, so that a stream, 8 * layer + role, is a non-negative int32.
@@ -42,6 +43,10 @@ class Prediction:
         self.outputs = outputs
         self.class_dim = class_dim
 
+    @property
+    def _exact_outputs(self) -> Tensor:
+        return self.outputs.to(compute_dtype(self.outputs))
+
     @cached_property
     def _log_probs(self) -> Tensor:
         shape = self.outputs.shape[1:]
@@ -54,7 +59,7 @@ class Prediction:
                 f"classification needs at least two logits, dimension {self.class_dim} of an output holds "
                 f"{shape[self.class_dim]}: give a single logit z as the pair (0, z)"
             )
-        return torch.log_softmax(_at_least_fp32(self.outputs).movedim(self._dim, -1), -1)
+        return torch.log_softmax(self._exact_outputs.movedim(self._dim, -1), -1)
 
     @property
     def _dim(self) -> int:
@@ -89,7 +94,7 @@ class Prediction:
     @cached_property
     def mean(self) -> Tensor:
         """For regression, the mean over the samples: an output's shape."""
-        return _at_least_fp32(self.outputs).mean(0)
+        return self._exact_outputs.mean(0)
 
     @cached_property
     def epistemic_std(self) -> Tensor:
@@ -100,7 +105,7 @@ class Prediction:
         """
         if self.outputs.shape[0] < 2:
             raise ValueError("a standard deviation needs num_samples of at least 2, got 1")
-        return _at_least_fp32(self.outputs).std(0)
+        return self._exact_outputs.std(0)
 
     def std(self, noise_sigma: float | Tensor) -> Tensor:
         """For regression, the standard deviation of a new observation, sqrt(epistemic_std^2 + noise_sigma^2).
@@ -254,7 +259,3 @@ def _addresses(model: nn.Module) -> dict[BayesModule, dict[str, Address]]:
         }
         for layer in numbers
     }
-
-
-def _at_least_fp32(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

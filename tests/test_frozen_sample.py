@@ -6,19 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from networks import draw, network
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from fusedbayes import BayesLinear, frozen_sample, kl_loss, mean_mode, predict, to_bayesian, to_deterministic
-
-
-def network() -> nn.Sequential:
-    return nn.Sequential(BayesLinear(5, 7), nn.Dropout(0.5), nn.ReLU(), BayesLinear(7, 3))
-
-
-def draw(model: nn.Module, x: Tensor, seed: Any = 11, sample: int = 0) -> Tensor:
-    with frozen_sample(model, seed, sample=sample):
-        return model(x)
 
 
 def test_frozen_sample_is_one_function() -> None:

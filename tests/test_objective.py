@@ -7,25 +7,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import EXACT, NUM_DATA, data, mlp
 from torch import Tensor, nn
 
 from fusedbayes import ELBO, BayesLinear, kl_loss, mean_mode, predict, schedules
-
-NUM_DATA = 57
-# Everything is float64: two ways to add up the same terms differ by a few hundred roundings of 1e-16 each.
-EXACT = {"rtol": 1e-12, "atol": 1e-13}
-
-
-def bayes(in_features: int, out_features: int, bias: bool = True) -> BayesLinear:
-    return BayesLinear(in_features, out_features, bias, dtype=torch.float64)
-
-
-def mlp() -> nn.Sequential:
-    return nn.Sequential(bayes(5, 7), nn.Tanh(), bayes(7, 5, bias=False), nn.Tanh(), bayes(5, 3))
-
-
-def data() -> tuple[Tensor, Tensor]:
-    return torch.randn(11, 5, dtype=torch.float64, requires_grad=True), torch.randint(0, 3, (11,))
 
 
 def test_samples_are_distinct_and_averaged() -> None:

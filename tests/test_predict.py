@@ -7,19 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from networks import draw, network
 from scipy import special, stats
 from torch import Tensor, nn
 
-from fusedbayes import BayesLinear, Prediction, frozen_sample, predict
-
-
-def network() -> nn.Sequential:
-    return nn.Sequential(BayesLinear(5, 7), nn.Dropout(0.5), nn.ReLU(), BayesLinear(7, 3))
-
-
-def draw(model: nn.Module, x: Tensor, seed: Any = 11, sample: int = 0) -> Tensor:
-    with frozen_sample(model, seed, sample=sample):
-        return model(x)
+from fusedbayes import BayesLinear, Prediction, predict
 
 
 def test_predict_is_a_frozen_sample_after_another() -> None:
