@@ -2,9 +2,10 @@
 
     python -m bench.gpu --out DIR
 
-Runs the tests marked gpu, the full benchmark and the candidate search, one after another; each leaves its log and
-results in DIR as it goes, so that an interruption keeps what was done. Libraries to compare with take part if they can
-be imported. Runs from a checkout, installed or not.
+Runs the tests marked gpu, the full benchmark and the candidate search, one after another, each within its share of the
+time: what would begin later is skipped, and the log says so. Each leaves its log and results in DIR as it goes, so that
+an interruption keeps what was done. Libraries to compare with take part if they can be imported. Runs from a checkout,
+installed or not.
 """
 
 import argparse
@@ -21,6 +22,19 @@ import torch
 from bench import report, tune
 
 ROOT = Path(__file__).parent.parent
+# When the tests, the benchmark and the candidate search have to be done, as shares of the time.
+TESTS_END, BENCH_END, TUNE_END = 0.35, 0.75, 0.97
+
+
+class Deadline:
+    """A pytest plugin that skips what would begin after the `end`, a time of time.monotonic()."""
+
+    def __init__(self, end: float) -> None:
+        self.end = end
+
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        if time.monotonic() > self.end:
+            pytest.skip("out of time")
 
 
 def _program(main: Callable[[], None], *arguments: str) -> int:
@@ -43,6 +57,7 @@ def _program(main: Callable[[], None], *arguments: str) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--minutes", type=float, default=10.0, help="for everything together (default 10)")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("bench.gpu needs a CUDA GPU")
@@ -50,20 +65,30 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     records = out / "records.jsonl"
     records.unlink(missing_ok=True)
+    start = time.monotonic()
+    tests_end, bench_end, tune_end = (start + 60 * arguments.minutes * s for s in (TESTS_END, BENCH_END, TUNE_END))
+    tests = [str(ROOT / "tests"), "-m", "gpu", "-q", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
+    bench = [str(ROOT / "bench"), "--full", "-q", "-rs", "-p", "no:cacheprovider", f"--records={records}"]
     steps: dict[str, Callable[[], int]] = {
-        "tests": lambda: int(pytest.main([str(ROOT / "tests"), "-m", "gpu", "-q", "-p", "no:cacheprovider"])),
-        "bench": lambda: int(pytest.main([str(ROOT / "bench"), "--full", "-q", f"--records={records}"])),
+        "tests": lambda: int(pytest.main(tests, plugins=[Deadline(tests_end)])),
+        "bench": lambda: int(pytest.main(bench, plugins=[Deadline(bench_end)])),
         "report": lambda: _program(report.main, str(records), "--out", str(out), "--save", "full"),
-        "tune": lambda: _program(tune.main, "--out", str(out / "tune.json")),
+        "tune": lambda: _program(
+            tune.main, "--out", str(out / "tune.json"), "--seconds", str(tune_end - time.monotonic())
+        ),
     }
     failed = []
     for name, step in steps.items():
-        start = time.monotonic()
-        with (out / f"{name}.log").open("w", buffering=1) as log, contextlib.redirect_stdout(log):
+        begin = time.monotonic()
+        with (
+            (out / f"{name}.log").open("w", buffering=1) as log,
+            contextlib.redirect_stdout(log),
+            contextlib.redirect_stderr(log),
+        ):
             status = step()
         if status != 0:
             failed.append(name)
-        print(f"{name}: exit status {status}, {time.monotonic() - start:.0f} s, see {name}.log", flush=True)
+        print(f"{name}: exit status {status}, {time.monotonic() - begin:.0f} s, see {name}.log", flush=True)
     raise SystemExit(bool(failed))
 
 

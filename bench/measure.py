@@ -1,6 +1,7 @@
 """Timing, memory and the machine's ceilings."""
 
 import gc
+import importlib.metadata
 import platform
 import random
 import statistics
@@ -15,24 +16,29 @@ import torch
 import triton
 from torch import Tensor
 
+import fusedbayes
+from bench.implementations import PEERS
+
 Run = Callable[[], object]
 
-# Rounds are chosen to spend this much time on an implementation on average, within these bounds.
-SECONDS = 0.6
+# Rounds are chosen to spend this much time on an implementation on average, within these bounds. A GPU's runs are
+# shorter and vary less.
+SECONDS = {"cpu": 0.6, "cuda": 0.05}
 MIN_ROUNDS, MAX_ROUNDS = 7, 100
+# The longest head start that the host gets, in seconds.
+LONGEST_LEAD = 10e-3
 
 
-def time_interleaved(runs: Mapping[str, Run], device: str, seconds: float = SECONDS) -> dict[str, list[float]]:
+def time_interleaved(runs: Mapping[str, Run], device: str, seconds: float | None = None) -> dict[str, list[float]]:
     """Seconds of each run, in rounds of all of them in an order drawn afresh, equally many for each.
 
-    So whatever disturbs the machine disturbs all alike, and nobody always comes after the same one. On CUDA each run is
-    timed by events, after a pass over a buffer larger than the L2 cache.
+    So whatever disturbs the machine disturbs all alike, and nobody always comes after the same one.
     """
-    once = _cuda_timer() if device == "cuda" else _host_timer
     for run in runs.values():
         run()
-    first = sum(once(run) for run in runs.values())
-    rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(len(runs) * seconds / first)))
+    once = _cuda_timers(runs) if device == "cuda" else {name: _host_timer(run) for name, run in runs.items()}
+    first = sum(timed() for timed in once.values())
+    rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(len(runs) * (seconds or SECONDS[device]) / first)))
     order, shuffle = list(runs), random.Random(0).shuffle
     times: dict[str, list[float]] = {name: [] for name in runs}
     gc.collect()
@@ -41,32 +47,55 @@ def time_interleaved(runs: Mapping[str, Run], device: str, seconds: float = SECO
         for _ in range(rounds):
             shuffle(order)
             for name in order:
-                times[name].append(once(runs[name]))
+                times[name].append(once[name]())
     finally:
         gc.enable()
     return times
 
 
-def _host_timer(run: Run) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+def _host_timer(run: Run) -> Callable[[], float]:
+    def once() -> float:
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+
+    return once
 
 
-def _cuda_timer() -> Callable[[Run], float]:
-    properties = torch.cuda.get_device_properties(0)
-    flush = torch.empty(2 * properties.L2_cache_size, dtype=torch.int8, device="cuda")
+def _cuda_timers(runs: Mapping[str, Run]) -> dict[str, Callable[[], float]]:
+    """The device's own time of each run, by events, with a cold L2 cache.
 
-    def once(run: Run) -> float:
-        flush.zero_()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    A kernel of 30 us takes less time than its launch: events recorded around it would time the host. So the device
+    first spins for longer than the host needs to queue the run, and then works without waiting.
+    """
+    # Larger than the cache, so that writing it evicts what earlier runs left there.
+    flush = torch.empty(2 * torch.cuda.get_device_properties(0).L2_cache_size, dtype=torch.int8, device="cuda")
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def between_events(run: Run) -> float:
         start.record()
         run()
         end.record()
         end.synchronize()
         return start.elapsed_time(end) * 1e-3
 
-    return once
+    cycles = 10_000_000
+    cycles_per_second = cycles / between_events(lambda: torch.cuda._sleep(cycles))
+
+    def timer(run: Run) -> Callable[[], float]:
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        run()
+        lead = min(LONGEST_LEAD, 2 * (time.perf_counter() - begin))
+
+        def once() -> float:
+            flush.zero_()
+            torch.cuda._sleep(int(lead * cycles_per_second))
+            return between_events(run)
+
+        return once
+
+    return {name: timer(run) for name, run in runs.items()}
 
 
 def peak_memory(run: Run, device: str) -> int:
@@ -135,10 +164,21 @@ def environment(device: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "triton": triton.__version__,
+        "cuda": torch.version.cuda if device == "cuda" else None,
         "python": platform.python_version(),
+        "fusedbayes": fusedbayes.__version__,
+        "peers": {package: _version(package) for package in PEERS},
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "commit": _commit(),
     }
+
+
+def _version(package: str) -> str | None:
+    """The installed version, if there is one."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _commit() -> str:

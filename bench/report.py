@@ -23,16 +23,33 @@ from bench.measure import device_name
 
 Record = dict[str, Any]
 RESULTS = Path(__file__).parent / "results"
+# The same in every figure, whoever is missing from it.
+COLORS = {
+    BASELINE: "0.6",
+    OURS: "black",
+    REFERENCE: "tab:gray",
+    "torch.compile": "tab:red",
+    "bayesian-torch reparam": "tab:blue",
+    "bayesian-torch flipout": "tab:cyan",
+    "torchbnn": "tab:green",
+    "BLiTZ": "tab:orange",
+}
 
 
 def load(files: list[Path]) -> list[Record]:
-    """The records of several files: a JSON list, or one record a line."""
+    """The records of several files of one device: a JSON list, or one record a line."""
     records: list[Record] = []
     for file in files:
         text = file.read_text()
-        records += json.loads(text) if text.startswith("[") else map(json.loads, text.splitlines())
+        if text.startswith("["):
+            records += json.loads(text)
+        else:
+            # What follows the last end of line was being written when the benchmark was interrupted.
+            records += map(json.loads, text.split("\n")[:-1])
     if not records:
         raise SystemExit(f"no records in {', '.join(map(str, files)) or 'no file'}")
+    if len(devices := {record["device"] for record in records}) > 1:
+        raise SystemExit(f"records of different devices: {', '.join(sorted(devices))}")
     return records
 
 
@@ -96,8 +113,7 @@ def draw_ratios(records: list[Record], out: Path) -> list[Path]:
         for i, name in enumerate(names):
             ratios = [r[name]["median_s"] / r[BASELINE]["median_s"] if name in r else math.nan for r in rows.values()]
             positions = [k + (i - len(names) / 2) / (len(names) + 1.5) for k in range(len(rows))]
-            style = {"color": "black"} if name == OURS else {}
-            axes.barh(positions, ratios, height=1 / (len(names) + 1.5), label=name, **style)
+            axes.barh(positions, ratios, height=1 / (len(names) + 1.5), label=name, color=COLORS[name])
         axes.axvline(1.0, color="0.6", linestyle="--", label=BASELINE)
         axes.set_yticks(range(len(rows)), list(rows))
         axes.set(xscale="log", xlabel="time relative to nn.Linear", title=group)
@@ -121,8 +137,8 @@ def draw_over_rows(records: list[Record], out: Path) -> list[Path]:
             networks = {network: sorted(rows) for network, rows in rows_of.items() if len(rows) > 1}
             if not networks:
                 continue
-            width = max(7.0, 4.5 * len(networks))  # the legend needs 7
-            figure, panels = plt.subplots(1, len(networks), figsize=(width, 4.8), squeeze=False, layout="constrained")
+            size = max(7.0, 4.5 * len(networks)), 4.8  # the legend needs 7
+            figure, panels = plt.subplots(1, len(networks), figsize=size, squeeze=False, layout="constrained")
             for axes, network in zip(panels[0], networks, strict=True):
                 for name in names:
                     points = sorted(
@@ -130,8 +146,10 @@ def draw_over_rows(records: list[Record], out: Path) -> list[Path]:
                         for r in chosen
                         if r["network"] == network and r["implementation"] == name
                     )
-                    style = {"color": "black", "linewidth": 2.5} if name == OURS else {}
-                    axes.loglog(*zip(*points, strict=True), marker="o", label=name, **style)
+                    width = 2.5 if name == OURS else 1.5
+                    if points:
+                        columns = zip(*points, strict=True)
+                        axes.loglog(*columns, marker="o", label=name, color=COLORS[name], linewidth=width)
                 axes.set(xlabel="batch rows", ylabel="time (ms)", title=f"{network}, {group}, {precision}")
                 axes.set_xticks(networks[network], [str(rows) for rows in networks[network]], minor=False)
                 axes.yaxis.set_major_formatter("{x:g}")

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from bench.cases import GROUPS, Case, full_cases, quick_cases
-from bench.implementations import BASELINE, implementations
+from bench.implementations import BASELINE, REFERENCE, implementations
 from bench.measure import bytes_kept_for_backward, ceilings, environment, peak_memory, time_interleaved
 from bench.models import Model
 
@@ -50,16 +50,18 @@ def measurements(case: Case) -> dict[str, dict[str, Any] | str]:
     models: dict[str, Model] = {}
     # What was compiled for other shapes would have this one compiled for any shape.
     torch._dynamo.reset()
+    standards = [Model(implementations()[name], case, DEVICE) for name in (BASELINE, REFERENCE)]
     for name, implementation in implementations().items():
         torch.manual_seed(0)
         try:
             model = Model(implementation, case, DEVICE)
-            model.check()
+            model.check(*standards)
             model.run()
         except Exception as error:  # whatever another library raises, the others get their numbers
             results[name] = f"{type(error).__name__}: {error}"
             continue
         models[name] = model
+    del standards
     times = time_interleaved({name: model.run for name, model in models.items()}, DEVICE)
     for name, model in models.items():
         known = [model.x, *model.network.parameters(), *model.network.buffers()]

@@ -10,7 +10,9 @@ import argparse
 import dataclasses
 import itertools
 import json
+import math
 import statistics
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -94,11 +96,17 @@ def search(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no shape later than this")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("the candidate search needs a CUDA GPU")
     results: list[dict[str, Any]] = []
-    for kernel, shape in itertools.product(KERNELS, SHAPES):
+    end = time.monotonic() + arguments.seconds
+    # By shape: when time runs out, the shapes that were reached have all their kernels.
+    for shape, kernel in itertools.product(SHAPES, KERNELS):
+        if time.monotonic() > end:
+            print(f"out of time before {kernel} {shape}")
+            break
         current = select_config(kernel, shape, DTYPE, torch.cuda.get_device_capability())
         rows = search(kernel, shape, DTYPE, current, candidate_configs(kernel, shape[0]))
         problem = {"device": device_name("cuda"), "kernel": kernel, "shape": shape, "dtype": str(DTYPE)}

@@ -35,9 +35,15 @@ def eager(kind: type[nn.Module]) -> implementations.Implementation:
     return implementations.Implementation("mine", kind, implementations.MU_RHO, kl=implementations._sum_of_layers)
 
 
+def check(implementation: implementations.Implementation, case: Case = CASE) -> None:
+    known = implementations.implementations()
+    standards = [Model(known[name], case, "cpu") for name in (implementations.BASELINE, implementations.REFERENCE)]
+    Model(implementation, case, "cpu").check(*standards)
+
+
 @pytest.mark.parametrize("name", ["nn.Linear", "fusedbayes", "PyTorch eager"])
 def test_right_answers_pass_the_check(name: str) -> None:
-    Model(implementations.implementations()[name], CASE, "cpu").check()
+    check(implementations.implementations()[name])
 
 
 @pytest.mark.parametrize(
@@ -47,7 +53,7 @@ def test_right_answers_pass_the_check(name: str) -> None:
 )
 def test_a_wrong_answer_gives_no_number(kind: type[nn.Module], message: str) -> None:
     with pytest.raises(AssertionError, match=message):
-        Model(eager(kind), CASE, "cpu").check()
+        check(eager(kind))
 
 
 def test_missing_noise_is_found() -> None:
@@ -56,8 +62,9 @@ def test_missing_noise_is_found() -> None:
             super().forward(x)
             return nn.functional.linear(x, self.weight_mu, self.bias_mu)
 
-    with pytest.raises(AssertionError, match="variance is 0"):
-        Model(eager(Quiet), CASE, "cpu").check()
+    for case in (CASE, Case("forward", mlp(64, 32, 16), rows=40)):
+        with pytest.raises(AssertionError, match="variance is 0"):
+            check(eager(Quiet), case)
 
 
 def test_work_of_a_case() -> None:
