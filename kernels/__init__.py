@@ -10,9 +10,11 @@ if __name__ != "fusedbayes.kernels":
 
 from fusedbayes.kernels.config import MatmulConfig, TileConfig, select_config, select_tile_config
 from fusedbayes.kernels.linear import bayes_linear
-from fusedbayes.kernels.linear_backward import bayes_linear_backward_input, bayes_linear_backward_weight
+from fusedbayes.kernels.linear_backward_input import bayes_linear_backward_input
+from fusedbayes.kernels.linear_backward_weight import bayes_linear_backward_weight
 from fusedbayes.kernels.noise import normal_tile, philox_words
-from fusedbayes.kernels.sample import sample_weight, sample_weight_backward, weight_kl
+from fusedbayes.kernels.sample import sample_weight, weight_kl
+from fusedbayes.kernels.sample_backward import sample_weight_backward
 
 __all__ = [
     "MatmulConfig",

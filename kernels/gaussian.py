@@ -3,89 +3,78 @@
 import triton
 import triton.language as tl
 
-from fusedbayes.kernels.math import exp, log, softplus
+from fusedbayes.kernels.math import LN_2, LOG2_E, absolute, exp2, log2, reciprocal
 
 # fusedbayes.reference.SIGMA_FLOOR: 2^-126, the smallest normal fp32.
 SIGMA_FLOOR = tl.constexpr(1.1754943508222875e-38)
 
 
 @triton.jit
-def load_fp32(ptr, offsets, mask):
-    """The tile at `offsets` in fp32, 0 where masked."""
-    return tl.load(ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+def _exp_and_sigma(rho):
+    """t = exp(-|rho|) and sigma = max(log(1 + exp(rho)), 2^-126), relatively accurate for every rho.
 
-
-@triton.jit
-def load_prior(ptr, offsets, mask, IS_SCALAR: tl.constexpr):
-    """One prior tensor, fp32: the scalar, or the tile at `offsets` with 1 where masked (log and 1/x stay finite)."""
-    if IS_SCALAR:
-        value = tl.load(ptr).to(tl.float32)
-    else:
-        value = tl.load(ptr + offsets, mask=mask, other=1.0).to(tl.float32)
-    return value
+    log(1 + exp(rho)) = max(rho, 0) + log1p(t) and log1p(t) = t P(t). P is the polynomial with P(0) = 1 that is nearest
+    to log1p(t) / t on [0, 1]: relative error 2.2e-7, where a logarithm of 1 + t would lose a small t.
+    """
+    t = exp2(absolute(rho) * -LOG2_E)
+    p = -0.008778958741830744 * t + 0.04498665310825786
+    p = p * t - 0.10902292539197489
+    p = p * t + 0.17847209198564584
+    p = p * t - 0.24536866497072019
+    p = p * t + 0.3328406386557933
+    p = p * t - 0.49998180352207144
+    p = p * t + 1.0
+    return t, tl.maximum(p * t + tl.maximum(rho, 0.0), SIGMA_FLOOR)
 
 
 @triton.jit
 def sigma_from_rho(rho):
     """Sigma = max(softplus(rho), 2^-126)."""
-    return tl.maximum(softplus(rho), SIGMA_FLOOR)
+    _, sigma = _exp_and_sigma(rho)
+    return sigma
 
 
 @triton.jit
-def gaussian_kl(mu, sigma, prior_mu, prior_sigma):
-    """log(s0 / sigma) + (sigma^2 + (mu - m0)^2) / (2 s0^2) - 1/2 per weight."""
-    scale = sigma / prior_sigma
-    shift = (mu - prior_mu) / prior_sigma
-    return log(prior_sigma) - log(sigma) + 0.5 * (scale * scale + shift * shift - 1.0)
+def kl_terms(mu, sigma, prior_mu, prior_sigma, PRIOR_SIGMA_SCALAR: tl.constexpr):
+    """What varies in the KL of a weight: a logarithm to base 2, and two numbers whose squares are added up.
+
+    KL = log(s0 / sigma) + (sigma^2 + (mu - m0)^2) / (2 s0^2) - 1/2. If s0 is one number, `kl_from_sums` brings it in.
+    """
+    logarithm = log2(sigma)
+    shift = mu - prior_mu
+    if not PRIOR_SIGMA_SCALAR:
+        inverse = reciprocal(prior_sigma)
+        logarithm -= log2(prior_sigma)
+        sigma *= inverse
+        shift *= inverse
+    return logarithm, sigma, shift
+
+
+@triton.jit
+def kl_from_sums(logarithms, squares, count, prior_sigma, PRIOR_SIGMA_SCALAR: tl.constexpr):
+    """The KL of `count` weights from the sum of their logarithms and that of their squares: see `kl_terms`."""
+    if PRIOR_SIGMA_SCALAR:
+        logarithms -= count * tl.log2(prior_sigma)
+        squares = squares / prior_sigma / prior_sigma
+    return 0.5 * (squares - count) - LN_2 * logarithms
 
 
 @triton.jit
 def gaussian_gradients(grad_weight, grad_kl, mu, rho, eps, prior_mu, prior_sigma, WITH_KL: tl.constexpr):
-    """dmu = G + g (mu - m0) / s0^2 and drho = (G eps + g (sigma / s0^2 - 1 / sigma)) sigmoid(rho).
+    """dmu = G + k (mu - m0) and drho = (G eps + k sigma - g / sigma) sigmoid(rho), with k = g / s0^2.
 
-    G = dL/dW is `grad_weight`, g = dL/dKL is `grad_kl`. sigmoid(rho) = exp(rho - softplus(rho)), which does not cancel
-    where sigma is small; there sigmoid / sigma is 1, while g / sigma would overflow. Below the floor sigma is constant
-    and drho is 0.
+    G = dL/dW is `grad_weight`, g = dL/dKL is `grad_kl`. With t = exp(-|rho|), sigmoid(rho) / sigma is
+    (t if rho < 0 else 1) / (sigma (1 + t)): at most 1, while g / sigma would overflow. Below sigma's floor t is 0, and
+    with it drho.
     """
-    sigma = softplus(rho)
-    sigmoid = tl.where(sigma < SIGMA_FLOOR, 0.0, exp(rho - sigma))
+    t, sigma = _exp_and_sigma(rho)
+    sigmoid_over_sigma = tl.where(rho < 0.0, t, 1.0) * reciprocal(sigma * t + sigma)
     dmu = grad_weight
-    drho = grad_weight * eps * sigmoid
+    factor = grad_weight * eps
     if WITH_KL:
-        sigma = tl.maximum(sigma, SIGMA_FLOOR)
-        dmu += grad_kl * ((mu - prior_mu) / prior_sigma / prior_sigma)
-        drho += grad_kl * (sigma / prior_sigma / prior_sigma * sigmoid - sigmoid / sigma)
-    return dmu, drho
-
-
-@triton.jit
-def store_gradients(
-    grad_mu_ptr,  # (N, K) row-major
-    grad_rho_ptr,  # (N, K) row-major
-    grad_weight,  # tile of dL/dW, fp32
-    eps,  # tile of the forward's noise
-    grad_kl_ptr,  # () fp32, or None
-    mu_ptr,  # (N, K) row-major
-    rho_ptr,  # (N, K) row-major
-    prior_mu_ptr,  # () or (N, K) row-major
-    prior_sigma_ptr,  # () or (N, K) row-major
-    offsets,
-    in_bounds,
-    PRIOR_MU_SCALAR: tl.constexpr,
-    PRIOR_SIGMA_SCALAR: tl.constexpr,
-):
-    """Writes the tile's dmu and drho, the KL's share included unless grad_kl_ptr is None."""
-    mu = load_fp32(mu_ptr, offsets, in_bounds)
-    rho = load_fp32(rho_ptr, offsets, in_bounds)
-    grad_kl = 0.0
-    prior_mu = 0.0
-    prior_sigma = 1.0
-    if grad_kl_ptr is not None:
-        grad_kl = tl.load(grad_kl_ptr)
-        prior_mu = load_prior(prior_mu_ptr, offsets, in_bounds, PRIOR_MU_SCALAR)
-        prior_sigma = load_prior(prior_sigma_ptr, offsets, in_bounds, PRIOR_SIGMA_SCALAR)
-    grad_mu, grad_rho = gaussian_gradients(
-        grad_weight, grad_kl, mu, rho, eps, prior_mu, prior_sigma, grad_kl_ptr is not None
-    )
-    tl.store(grad_mu_ptr + offsets, grad_mu.to(grad_mu_ptr.dtype.element_ty), mask=in_bounds)
-    tl.store(grad_rho_ptr + offsets, grad_rho.to(grad_rho_ptr.dtype.element_ty), mask=in_bounds)
+        k = grad_kl / prior_sigma / prior_sigma
+        dmu += k * (mu - prior_mu)
+        factor = sigma * (factor + k * sigma) - grad_kl
+    else:
+        factor *= sigma
+    return dmu, factor * sigmoid_over_sigma

@@ -1,24 +1,47 @@
 """What the launchers share: how tensors and dtypes become kernel arguments."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import triton.language as tl
 from torch import Tensor
 
 # Fresh values of these must not compile a fresh kernel.
-NOT_SPECIALIZED = ["row_offset", "quad_offset", "stream"]
+NOT_SPECIALIZED = ["row_offset", "quad_offset", "stream", "bias_row", "bias_column", "bias_stream", "tiles_per_split"]
+
+# mu, rho, prior_mu, prior_sigma; the priors may be missing, or single numbers.
+Parameter = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 def contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def is_scalar(prior: Tensor | None) -> bool:
-    return prior is None or prior.dim() == 0
+def pointers(parameter: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """A parameter's tensors, row-major as the kernels take them."""
+    return [contiguous(tensor) for tensor in parameter]
 
 
-def as_row(prior: Tensor | None) -> Tensor | None:
-    """A bias's prior as the one row that its mu is seen as; a scalar stays 0-d."""
-    return prior if prior is None or prior.dim() == 0 else prior[None]
+def scalar_priors(parameter: Sequence[Tensor | None], prefix: str = "") -> dict[str, bool]:
+    """Which of the priors are single numbers, as constants of a kernel."""
+    _, _, *priors = parameter
+    names = (f"{prefix}PRIOR_MU_SCALAR", f"{prefix}PRIOR_SIGMA_SCALAR")
+    return {name: prior is None or prior.dim() == 0 for name, prior in zip(names, priors, strict=True)}
+
+
+def bias_noise(address: Sequence[int]) -> tuple[int, int, int]:
+    """An address in the order of the kernels' arguments bias_row, bias_column and bias_stream."""
+    stream, row_offset, column_offset = address
+    return row_offset, column_offset, stream
+
+
+def empty_gradients(parameter: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the gradients of mu and rho go; if there is no parameter, two of `like`'s dtype without an element."""
+    mu, rho, *_ = parameter
+    if mu is None or rho is None:
+        return like.new_empty(0), like.new_empty(0)
+    return mu.new_empty(mu.shape), rho.new_empty(rho.shape)
 
 
 def capability(tensor: Tensor) -> tuple[int, int]:
@@ -26,11 +49,15 @@ def capability(tensor: Tensor) -> tuple[int, int]:
     return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else (0, 0)
 
 
-def dot_options(tensor: Tensor) -> dict[str, object]:
+def allow_tf32() -> bool:
+    """Whether products of fp32 may round their operands to 11 bits, as torch.backends.cuda.matmul says."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def dot_options(tensor: Tensor) -> dict[str, Any]:
     """How tl.dot multiplies operands of the tensor's dtype: DOT_DTYPE and INPUT_PRECISION."""
     names = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
     # The interpreter multiplies the bit patterns of bfloat16; the operands are rounded before the cast, so that only
     # the exact products are formed in fp32.
     dtype = names[tensor.dtype] if tensor.is_cuda else tl.float32
-    allow_tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return {"DOT_DTYPE": dtype, "INPUT_PRECISION": "tf32" if allow_tf32 else "ieee"}
+    return {"DOT_DTYPE": dtype, "INPUT_PRECISION": "tf32" if allow_tf32() else "ieee"}

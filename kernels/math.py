@@ -1,43 +1,111 @@
-"""Transcendental functions of the kernels, in one place.
+"""Elementary functions, each twice: the hardware's approximation on CUDA, Triton's portable one elsewhere.
 
-These are Triton's portable ones, which the interpreter has too.
+Elsewhere is the interpreter, AMD and Intel. What is built on these functions is the same code for both, so that the
+interpreter tests it. Largest errors of the approximations by the PTX manual: ex2 2^-22.5, sqrt 2^-23 and rcp 2^-23
+relatively, lg2 2^-22 (relatively outside [0.5, 2]), sin and cos 2^-20.9 between -pi and pi.
 """
 
 import triton
 import triton.language as tl
+from triton.language.target_info import is_cuda
+from triton.runtime.jit import constexpr_function
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+SMALLEST_NORMAL = tl.constexpr(1.1754943508222875e-38)  # 2^-126
+
+
+@constexpr_function
+def fast() -> bool:
+    """Whether to use PTX's approximations; known when a kernel is compiled."""
+    return is_cuda() and not triton.knobs.runtime.interpret
 
 
 @triton.jit
-def exp(x):
-    return tl.exp(x)
+def exp2(x):
+    """2^x; results below 2^-126 are 0."""
+    if fast():
+        y = tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    else:
+        y = tl.exp2(x)
+        y = tl.where(y < SMALLEST_NORMAL, 0.0, y)
+    return y
 
 
 @triton.jit
-def log(x):
-    return tl.log(x)
+def log2(x):
+    if fast():
+        y = tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    else:
+        y = tl.log2(x)
+    return y
 
 
 @triton.jit
 def sqrt(x):
-    return tl.sqrt(x)
+    if fast():
+        y = tl.inline_asm_elementwise("sqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    else:
+        y = tl.sqrt(x)
+    return y
+
+
+@triton.jit
+def reciprocal(x):
+    if fast():
+        y = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    else:
+        y = 1.0 / x
+    return y
 
 
 @triton.jit
 def sin(x):
-    return tl.sin(x)
+    if fast():
+        y = tl.inline_asm_elementwise("sin.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    else:
+        y = tl.sin(x)
+    return y
 
 
 @triton.jit
 def cos(x):
-    return tl.cos(x)
+    if fast():
+        y = tl.inline_asm_elementwise("cos.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    else:
+        y = tl.cos(x)
+    return y
 
 
 @triton.jit
-def softplus(x):
-    """log(1 + exp(x)) for every finite x, as accurate as exp: where x is negative, relatively.
+def absolute(x):
+    """|x|; tl.abs compiles to an instruction of its own, this into a modifier of the one that reads it."""
+    if fast():
+        y = tl.inline_asm_elementwise("abs.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    else:
+        y = tl.abs(x)
+    return y
 
-    With t = exp(-|x|), log(1 + t) loses t's low bits where 1 + t is rounded; adding t - ((1 + t) - 1) restores them.
+
+@triton.jit
+def scaled_difference(scale: tl.constexpr, x):
+    """Scale (1 - x), relatively accurate for x next to 1."""
+    if fast():
+        y = tl.fma(x, -scale, scale)
+    else:  # the interpreter's fma rounds twice
+        y = scale * (1.0 - x)
+    return y
+
+
+@triton.jit
+def multiply_wide(a, b: tl.constexpr):
+    """High and low word of the 64-bit product of uint32 a and the constant b, by one instruction.
+
+    Written in Triton, LLVM's reordering of the xors that follow splits it into two multiplications.
     """
-    t = exp(-tl.abs(x))
-    u = 1.0 + t
-    return tl.maximum(x, 0.0) + (log(u) + (t - (u - 1.0)))
+    if fast():
+        asm: tl.constexpr = "mul.wide.u32 $0, $1, $2;"
+        product = tl.inline_asm_elementwise(asm, "=l,r,r", [a, b], tl.uint64, is_pure=True, pack=1)
+    else:
+        product = a.to(tl.uint64) * b
+    return (product >> 32).to(tl.uint32), product.to(tl.uint32)

@@ -1,13 +1,13 @@
 """The noise contract as Triton device functions: `fusedbayes.noise`, word for word.
 
-A tile's four adjacent columns share one Philox call; two joins and a reshape put the four normals where the thread
-that loads those four weights wants them, without a shuffle.
+Four adjacent columns share one Philox call. Its four normals end in the thread that loads those four weights, without a
+shuffle.
 """
 
 import triton
 import triton.language as tl
 
-from fusedbayes.kernels.math import cos, log, sin, sqrt
+from fusedbayes.kernels.math import LN_2, cos, log2, multiply_wide, scaled_difference, sin, sqrt
 
 ROUNDS = tl.constexpr(7)
 
@@ -16,13 +16,21 @@ ROUNDS = tl.constexpr(7)
 def philox_words(seed, quads, rows, sample, stream):
     """Philox4x32-7 at counters (quads, rows, sample, stream): four uint32 tensors of the broadcast shape.
 
-    seed: int64 scalar; quads, rows: integer tensors, sample, stream: integer scalars, all in [0, 2^32).
+    seed: int64 scalar; quads, rows, sample, stream: integers in [0, 2^32), the last two scalars. What of the first
+    rounds depends on less than the broadcast shape is computed in its own shape, outside of loops that leave it alone.
     """
-    quads, rows = tl.broadcast(quads.to(tl.uint32), rows.to(tl.uint32))
-    # Eager launches pass scalars as 32 or 64 bit integers, by value: fix the width before Philox looks at it.
-    sample = tl.cast(sample, tl.uint32)
-    stream = tl.cast(stream, tl.uint32)
-    return tl.philox(seed, quads, rows, sample, stream, ROUNDS)
+    x0, x1 = quads.to(tl.uint32), tl.cast(rows, tl.uint32)
+    # Eager launches pass scalars as 32 or 64 bit integers, by value: fix the width.
+    x2, x3 = tl.cast(sample, tl.uint32), tl.cast(stream, tl.uint32)
+    key0, key1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    for _ in tl.static_range(ROUNDS):
+        high0, low0 = multiply_wide(x0, 0xD2511F53)
+        high1, low1 = multiply_wide(x2, 0xCD9E8D57)
+        # The brackets keep what is the same for many columns together.
+        x0, x1, x2, x3 = high1 ^ (x1 ^ key0), low1, high0 ^ (x3 ^ key1), low0
+        key0 = tl.add(key0, 0x9E3779B9, sanitize_overflow=False)
+        key1 = tl.add(key1, 0xBB67AE85, sanitize_overflow=False)
+    return x0, x1, x2, x3
 
 
 @triton.jit
@@ -36,11 +44,26 @@ def load_key(seed_ptr, sample_ptr):
 
 @triton.jit
 def _box_muller(radius_word, angle_word):
-    """Two standard normals of two words: u = x0 2^-32 + 2^-33, theta = pi int32(x1) 2^-31."""
-    uniform = radius_word.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
-    theta = (angle_word.to(tl.int32, bitcast=True).to(tl.float32) * 4.656612873077393e-10) * 3.141592653589793
-    radius = sqrt(-2.0 * log(uniform))
+    """Two standard normals of two words: u = x0 2^-32 + 2^-33, theta = pi int32(x1) 2^-31, z = r (cos, sin) theta.
+
+    r^2 = -2 ln u. Near u = 1 the hardware's logarithm may be wrong by more than r^2 itself, but there r^2 is nearly
+    2 (1 - u): take the larger of that line and of the logarithm less its largest error, 2 ln 2 2^-22. The line's slope
+    balances the errors of r on both sides of where they cross, u = 0.9984: 5.8e-6 (docs/kernels.md).
+    """
+    u = radius_word.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
+    squared = tl.maximum(log2(u) * (-2.0 * LN_2) - 3.31e-7, scaled_difference(2.0012, u))
+    theta = angle_word.to(tl.int32, bitcast=True).to(tl.float32) * 1.4629180792671596e-09  # pi 2^-31
+    radius = sqrt(squared)
     return radius * cos(theta), radius * sin(theta)
+
+
+@triton.jit
+def normals(seed, quads, rows, sample, stream):
+    """eps of the four columns of each quad, four fp32 tensors of the shape that quads and rows broadcast to."""
+    x0, x1, x2, x3 = philox_words(seed, quads, rows, sample, stream)
+    z0, z1 = _box_muller(x0, x1)
+    z2, z3 = _box_muller(x2, x3)
+    return z0, z1, z2, z3
 
 
 @triton.jit
@@ -49,23 +72,18 @@ def normal_tile(seed, rows, quads, sample, stream):
 
     Rows and quads are global coordinates; both fit 32 bits, so no element of a tensor is out of reach.
     """
-    x0, x1, x2, x3 = philox_words(seed, quads[None, :], rows[:, None], sample, stream)
-    z0, z1 = _box_muller(x0, x1)
-    z2, z3 = _box_muller(x2, x3)
-    # (R, Q, 2, 2), last axis fastest: z0 z1 z2 z3.
-    eps = tl.join(tl.join(z0, z2), tl.join(z1, z3))
-    return tl.reshape(eps, (eps.shape[0], 4 * eps.shape[1]))
+    z0, z1, z2, z3 = normals(seed, quads[None, :], rows[:, None], sample, stream)
+    # Selects among constants that the compiler folds away. tl.join would do too, but Triton takes a join before a dot
+    # for the unpacking of 4-bit weights and arranges the operand for that: on sm_80 five more moves per weight.
+    lane = tl.arange(0, 4)[None, None, :]
+    low = tl.where(lane == 0, z0[:, :, None], z1[:, :, None])
+    high = tl.where(lane == 2, z2[:, :, None], z3[:, :, None])
+    return tl.reshape(tl.where(lane < 2, low, high), (z0.shape[0], 4 * z0.shape[1]))
 
 
 @triton.jit
-def column_tile(tile_k, K, quad_offset, COLUMN_SHIFT: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Tile tile_k of K columns: local columns (BLOCK_K,), which of them exist, and global quads (BLOCK_K // 4,).
-
-    Tiles begin at whole quads of the global tensor. A shard that begins COLUMN_SHIFT columns into one therefore has
-    its first tile begin at column -COLUMN_SHIFT, and cdiv(K + COLUMN_SHIFT, BLOCK_K) tiles.
-    """
-    columns = tile_k * BLOCK_K - COLUMN_SHIFT + tl.arange(0, BLOCK_K)
-    exist = columns < K
-    if COLUMN_SHIFT > 0:
-        exist = exist & (columns >= 0)
-    return columns, exist, quad_offset + tile_k * (BLOCK_K // 4) + tl.arange(0, BLOCK_K // 4)
+def normal_vector(seed, row, columns, sample, stream):
+    """eps of one row at columns (C,), wherever their quads begin: a Philox call for each, so only for a bias."""
+    z0, z1, z2, z3 = normals(seed, columns // 4, row, sample, stream)
+    lane = columns % 4
+    return tl.where(lane < 2, tl.where(lane == 0, z0, z1), tl.where(lane == 2, z2, z3))

@@ -1,4 +1,9 @@
-"""Sampling a weight matrix once, with its KL, and the gradient of both: elementwise passes over (mu, rho)."""
+"""An elementwise pass over (mu, rho) that draws W and adds up its KL. Any size, any shard.
+
+A program owns some columns of a few rows and walks down the rows. What of a Philox call depends on the columns alone is
+computed once, what depends on the row alone once per row; all rows share one mask; sums over columns that do not exist
+are dropped once, at the end. A layer's bias comes along in programs of its own, after those of the weight.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,30 +13,53 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fusedbayes.kernels.bias import sample_bias
 from fusedbayes.kernels.config import TileConfig, select_tile_config
-from fusedbayes.kernels.gaussian import gaussian_kl, load_fp32, load_prior, sigma_from_rho, store_gradients
-from fusedbayes.kernels.launch import NOT_SPECIALIZED, contiguous, is_scalar
-from fusedbayes.kernels.noise import column_tile, load_key, normal_tile
+from fusedbayes.kernels.gaussian import kl_from_sums, kl_terms, sigma_from_rho
+from fusedbayes.kernels.launch import (
+    NOT_SPECIALIZED,
+    Parameter,
+    bias_noise,
+    pointers,
+    scalar_priors,
+)
+from fusedbayes.kernels.noise import load_key
+from fusedbayes.kernels.quads import load_quads, normal_quads, quad_columns, store_quads
+from fusedbayes.kernels.sums import arrival_counter, sum_in_order
+
+BIAS_BLOCK = 64  # outputs of a program that draws or differentiates the bias
+NO_BIAS = (None,) * 4
 
 
 @triton.jit
-def _tile(N, K, quad_offset, COLUMN_SHIFT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """This program's tile of an (N, K) row-major matrix: rows, global quads, offsets and which are in bounds."""
+def row_tile(tile, N, K, quad_offset, COLUMN_SHIFT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """A tile's first and last row, its first column, and its global quads (BLOCK_K // 4,).
+
+    Tiles begin at whole quads of the global tensor; a shard that begins COLUMN_SHIFT columns into one has its first
+    tile begin at column -COLUMN_SHIFT.
+    """
     tiles_k = tl.cdiv(K + COLUMN_SHIFT, BLOCK_K)
-    rows = tl.program_id(0) // tiles_k * BLOCK_N + tl.arange(0, BLOCK_N)
-    columns, exist, quads = column_tile(tl.program_id(0) % tiles_k, K, quad_offset, COLUMN_SHIFT, BLOCK_K)
-    in_bounds = (rows[:, None] < N) & exist[None, :]
-    return rows, quads, rows.to(tl.int64)[:, None] * K + columns[None, :], in_bounds
+    begin = tile // tiles_k * BLOCK_N
+    tile_k = tile % tiles_k
+    quads = quad_offset + tile_k * (BLOCK_K // 4) + tl.arange(0, BLOCK_K // 4)
+    return begin, tl.minimum(begin + BLOCK_N, N), tile_k * BLOCK_K - COLUMN_SHIFT, quads
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _sample_weight_kernel(
     weight_ptr,  # (N, K), or None: only the KL is wanted
-    kl_ptr,  # (programs,) fp32 partial sums, or None
+    bias_ptr,  # (N,), or None
+    kl_ptr,  # () fp32, or None
+    partial_ptr,  # (programs,) fp32, or None
+    counter_ptr,  # () int32, zero, or None
     mu_ptr,  # (N, K) row-major
     rho_ptr,  # (N, K) row-major
     prior_mu_ptr,  # () or (N, K) row-major
     prior_sigma_ptr,  # () or (N, K) row-major
+    bias_mu_ptr,  # (N,)
+    bias_rho_ptr,  # (N,)
+    bias_prior_mu_ptr,  # () or (N,)
+    bias_prior_sigma_ptr,  # () or (N,)
     seed_ptr,  # () int64
     sample_ptr,  # () int64, or None for 0
     N,
@@ -39,113 +67,158 @@ def _sample_weight_kernel(
     row_offset,
     quad_offset,
     stream,
+    bias_row,
+    bias_column,
+    bias_stream,
     COLUMN_SHIFT: tl.constexpr,
+    WHOLE_QUADS: tl.constexpr,  # 4 divides K, and COLUMN_SHIFT is 0
+    EVEN: tl.constexpr,  # BLOCK_K divides K, and COLUMN_SHIFT is 0
     PRIOR_MU_SCALAR: tl.constexpr,
     PRIOR_SIGMA_SCALAR: tl.constexpr,
+    BIAS_PRIOR_MU_SCALAR: tl.constexpr,
+    BIAS_PRIOR_SIGMA_SCALAR: tl.constexpr,
+    BIAS_BLOCK: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """W = mu + softplus(rho) eps and the tile's sum of KL. Grid: one program per tile, see `_tile`."""
-    rows, quads, offsets, in_bounds = _tile(N, K, quad_offset, COLUMN_SHIFT, BLOCK_N, BLOCK_K)
-    mu = load_fp32(mu_ptr, offsets, in_bounds)
-    sigma = sigma_from_rho(load_fp32(rho_ptr, offsets, in_bounds))
+    """W = mu + softplus(rho) eps, likewise the bias, and the sum of their KL.
+
+    Grid: (cdiv(N, BLOCK_N) * cdiv(K + COLUMN_SHIFT, BLOCK_K) + (cdiv(N, BIAS_BLOCK) if there is a bias),).
+    """
+    if WHOLE_QUADS:
+        K = K // 4 * 4  # for the compiler to see
+    tile, tiles = tl.program_id(0), tl.cdiv(N, BLOCK_N) * tl.cdiv(K + COLUMN_SHIFT, BLOCK_K)
+    kl = 0.0
     if weight_ptr is not None:
         seed, sample = load_key(seed_ptr, sample_ptr)
-        eps = normal_tile(seed, row_offset + rows, quads, sample, stream)
-        tl.store(weight_ptr + offsets, (mu + sigma * eps).to(weight_ptr.dtype.element_ty), mask=in_bounds)
+    if tile < tiles:
+        begin, end, column, quads = row_tile(tile, N, K, quad_offset, COLUMN_SHIFT, BLOCK_N, BLOCK_K)
+        columns, exist = quad_columns(column, K, COLUMN_SHIFT, WHOLE_QUADS, EVEN, BLOCK_K)
+        start = begin.to(tl.int64) * K + column
+        mu_row, rho_row = mu_ptr + start, rho_ptr + start
+        if weight_ptr is not None:
+            weight_row = weight_ptr + start
+        if kl_ptr is not None:
+            prior_mu_row, prior_sigma_row = prior_mu_ptr + start, prior_sigma_ptr + start
+            prior_mu, prior_sigma = tl.load(prior_mu_ptr).to(tl.float32), tl.load(prior_sigma_ptr).to(tl.float32)
+            logarithms = tl.zeros((BLOCK_K // 4, 4), tl.float32)
+            squares = logarithms
+        for row in range(begin, end):
+            mu = load_quads(mu_row, columns, exist, 0.0, WHOLE_QUADS)
+            sigma = sigma_from_rho(load_quads(rho_row, columns, exist, 0.0, WHOLE_QUADS))
+            if weight_ptr is not None:
+                eps = normal_quads(seed, quads, row_offset + row, sample, stream)
+                store_quads(weight_row, columns, mu + sigma * eps, exist, WHOLE_QUADS)
+                weight_row += K
+            if kl_ptr is not None:
+                m0, s0 = prior_mu, prior_sigma
+                if not PRIOR_MU_SCALAR:
+                    m0 = load_quads(prior_mu_row, columns, exist, 0.0, WHOLE_QUADS)
+                    prior_mu_row += K
+                if not PRIOR_SIGMA_SCALAR:
+                    s0 = load_quads(prior_sigma_row, columns, exist, 1.0, WHOLE_QUADS)
+                    prior_sigma_row += K
+                logarithm, scale, shift = kl_terms(mu, sigma, m0, s0, PRIOR_SIGMA_SCALAR)
+                logarithms += logarithm
+                squares += scale * scale
+                squares += shift * shift
+            mu_row += K
+            rho_row += K
+        if kl_ptr is not None:
+            logarithm = tl.sum(tl.where(exist, logarithms, 0.0))
+            square = tl.sum(tl.where(exist, squares, 0.0))
+            count = (end - begin) * (tl.minimum(column + BLOCK_K, K) - tl.maximum(column, 0))
+            kl = kl_from_sums(logarithm, square, count.to(tl.float32), prior_sigma, PRIOR_SIGMA_SCALAR)
+    elif bias_ptr is not None:
+        outputs = (tile - tiles) * BIAS_BLOCK + tl.arange(0, BIAS_BLOCK)
+        bias, kl = sample_bias(
+            bias_mu_ptr,
+            bias_rho_ptr,
+            bias_prior_mu_ptr,
+            bias_prior_sigma_ptr,
+            outputs,
+            N,
+            seed,
+            sample,
+            bias_row,
+            bias_column,
+            bias_stream,
+            kl_ptr is not None,
+            BIAS_PRIOR_MU_SCALAR,
+            BIAS_PRIOR_SIGMA_SCALAR,
+        )
+        tl.store(bias_ptr + outputs, bias.to(bias_ptr.dtype.element_ty), mask=outputs < N)
     if kl_ptr is not None:
-        prior_mu = load_prior(prior_mu_ptr, offsets, in_bounds, PRIOR_MU_SCALAR)
-        prior_sigma = load_prior(prior_sigma_ptr, offsets, in_bounds, PRIOR_SIGMA_SCALAR)
-        kl = tl.where(in_bounds, gaussian_kl(mu, sigma, prior_mu, prior_sigma), 0.0)
-        tl.store(kl_ptr + tl.program_id(0), tl.sum(kl))
+        sum_in_order(kl_ptr, partial_ptr, counter_ptr, kl, tile, tl.num_programs(0))
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
-def _sample_weight_backward_kernel(
-    grad_mu_ptr,  # (N, K) row-major
-    grad_rho_ptr,  # (N, K) row-major
-    grad_weight_ptr,  # (N, K) row-major, or None: only the KL was used
-    grad_kl_ptr,  # () fp32, or None: only the sample was used
-    mu_ptr,  # (N, K) row-major
-    rho_ptr,  # (N, K) row-major
-    prior_mu_ptr,  # () or (N, K) row-major
-    prior_sigma_ptr,  # () or (N, K) row-major
-    seed_ptr,  # () int64
-    sample_ptr,  # () int64, or None for 0
-    N,
-    K,
-    row_offset,
-    quad_offset,
-    stream,
-    COLUMN_SHIFT: tl.constexpr,
-    PRIOR_MU_SCALAR: tl.constexpr,
-    PRIOR_SIGMA_SCALAR: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """dmu and drho (see `gaussian_gradients`), eps drawn again. Grid: one program per tile, see `_tile`."""
-    rows, quads, offsets, in_bounds = _tile(N, K, quad_offset, COLUMN_SHIFT, BLOCK_N, BLOCK_K)
-    grad_weight = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    eps = grad_weight
-    if grad_weight_ptr is not None:
-        grad_weight = load_fp32(grad_weight_ptr, offsets, in_bounds)
-        seed, sample = load_key(seed_ptr, sample_ptr)
-        eps = normal_tile(seed, row_offset + rows, quads, sample, stream)
-    store_gradients(
-        grad_mu_ptr,
-        grad_rho_ptr,
-        grad_weight,
-        eps,
-        grad_kl_ptr,
-        mu_ptr,
-        rho_ptr,
-        prior_mu_ptr,
-        prior_sigma_ptr,
-        offsets,
-        in_bounds,
-        PRIOR_MU_SCALAR,
-        PRIOR_SIGMA_SCALAR,
-    )
+def constants(shape: torch.Size, address: Sequence[int], config: TileConfig) -> dict[str, Any]:
+    """The kernels' constants that follow from sizes."""
+    shift = address[2] % 4
+    return {
+        "COLUMN_SHIFT": shift,
+        "WHOLE_QUADS": shift == 0 and shape[1] % 4 == 0,
+        "EVEN": shift == 0 and shape[1] % config.block_k == 0,
+        "BIAS_BLOCK": BIAS_BLOCK,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "num_warps": config.num_warps,
+    }
 
 
-def _tiles(shape: torch.Size, address: Sequence[int], config: TileConfig) -> int:
-    """Programs of a launch; none for a tensor without elements."""
-    if 0 in shape:
-        return 0
-    return triton.cdiv(shape[0], config.block_n) * triton.cdiv(shape[1] + address[2] % 4, config.block_k)
+def programs_of(shape: torch.Size, address: Sequence[int], config: TileConfig, with_bias: bool) -> int:
+    rows, columns = shape
+    tiles = triton.cdiv(rows, config.block_n) * triton.cdiv(columns + address[2] % 4, config.block_k)
+    return tiles + (triton.cdiv(rows, BIAS_BLOCK) if with_bias else 0)
 
 
-def _launch(
-    kernel: Any,
-    leading: tuple[Tensor | None, ...],
-    parameter: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+def sample_layer(
+    weight: Parameter,
+    bias: Sequence[Tensor | None],
     key: tuple[Tensor | None, Tensor | None],
-    address: Sequence[int],
-    config: TileConfig,
-) -> None:
-    """Launches one of the kernels above, whose arguments differ only in the `leading` pointers."""
-    mu, rho, prior_mu, prior_sigma = parameter
-    stream, row_offset, column_offset = address
-    if mu.numel() == 0:
-        return
-    kernel[(_tiles(mu.shape, address, config),)](
-        *leading,
-        mu.contiguous(),
-        rho.contiguous(),
-        contiguous(prior_mu),
-        contiguous(prior_sigma),
+    addresses: tuple[Sequence[int], Sequence[int]],
+    dtype: torch.dtype | None,
+    with_kl: bool,
+    config: TileConfig | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """W, b and the sum of their KL, in one launch.
+
+    Args:
+        weight, bias: mu, rho, prior_mu, prior_sigma; four times None without a bias.
+        key: the seed, and the Monte Carlo sample.
+        addresses: of the weight's noise and of the bias's.
+        dtype: of W and b; None if only the KL is wanted.
+        with_kl: otherwise the KL has no element.
+    """
+    mu, bias_mu = weight[0], bias[0]
+    config = config or select_tile_config(mu.shape)
+    programs = programs_of(mu.shape, addresses[0], config, bias_mu is not None)
+    sampled = None if dtype is None else mu.new_empty(mu.shape, dtype=dtype)
+    sampled_bias = None if dtype is None or bias_mu is None else mu.new_empty(bias_mu.shape, dtype=dtype)
+    if programs == 0:
+        return sampled, sampled_bias, mu.new_zeros(() if with_kl else 0, dtype=torch.float32)
+    kl = mu.new_empty(() if with_kl else 0, dtype=torch.float32)
+    partial = mu.new_empty(programs, dtype=torch.float32) if with_kl else None
+    stream, row_offset, column_offset = addresses[0]
+    _sample_weight_kernel[(programs,)](
+        sampled,
+        sampled_bias,
+        kl if with_kl else None,
+        partial,
+        arrival_counter(mu) if with_kl else None,
+        *pointers(weight),
+        *pointers(bias),
         *key,
         *mu.shape,
         row_offset,
         column_offset // 4,
         stream,
-        COLUMN_SHIFT=column_offset % 4,
-        PRIOR_MU_SCALAR=is_scalar(prior_mu),
-        PRIOR_SIGMA_SCALAR=is_scalar(prior_sigma),
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        num_warps=config.num_warps,
+        *bias_noise(addresses[1]),
+        **scalar_priors(weight),
+        **scalar_priors(bias, "BIAS_"),
+        **constants(mu.shape, addresses[0], config),
     )
+    return sampled, sampled_bias, kl
 
 
 def sample_weight(
@@ -161,41 +234,16 @@ def sample_weight(
     config: TileConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """W and its KL; see the operator of this name."""
-    config = config or select_tile_config(mu.shape)
-    weight = mu.new_empty(mu.shape, dtype=dtype)
-    # Partial sums are added in a fixed order, so that a run repeats bit for bit.
-    kl = mu.new_empty(_tiles(mu.shape, address, config) if with_kl else 0, dtype=torch.float32)
-    leading = (weight, kl if with_kl else None)
-    _launch(_sample_weight_kernel, leading, (mu, rho, prior_mu, prior_sigma), (seed, sample), address, config)
-    return weight, kl.sum() if with_kl else kl
+    parameter = (mu, rho, prior_mu, prior_sigma)
+    weight, _, kl = sample_layer(parameter, NO_BIAS, (seed, sample), (address, address), dtype, with_kl, config)
+    assert weight is not None
+    return weight, kl
 
 
 def weight_kl(
     mu: Tensor, rho: Tensor, prior_mu: Tensor, prior_sigma: Tensor, config: TileConfig | None = None
 ) -> Tensor:
     """The KL alone; see the operator of this name."""
-    config = config or select_tile_config(mu.shape)
     address = (0, 0, 0)
-    kl = mu.new_empty(_tiles(mu.shape, address, config), dtype=torch.float32)
-    _launch(_sample_weight_kernel, (None, kl), (mu, rho, prior_mu, prior_sigma), (None, None), address, config)
-    return kl.sum()
-
-
-def sample_weight_backward(
-    grad_weight: Tensor | None,
-    grad_kl: Tensor | None,
-    mu: Tensor,
-    rho: Tensor,
-    prior_mu: Tensor | None,
-    prior_sigma: Tensor | None,
-    seed: Tensor | None,
-    sample: Tensor | None,
-    address: Sequence[int],
-    config: TileConfig | None = None,
-) -> tuple[Tensor, Tensor]:
-    """dmu and drho; see the operator of this name."""
-    config = config or select_tile_config(mu.shape)
-    grads = mu.new_empty(mu.shape), rho.new_empty(rho.shape)
-    leading = (*grads, contiguous(grad_weight), grad_kl)
-    _launch(_sample_weight_backward_kernel, leading, (mu, rho, prior_mu, prior_sigma), (seed, sample), address, config)
-    return grads
+    parameter = (mu, rho, prior_mu, prior_sigma)
+    return sample_layer(parameter, NO_BIAS, (None, None), (address, address), None, True, config)[-1]

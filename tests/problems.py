@@ -74,7 +74,7 @@ class Problem(NamedTuple):
     @property
     def backward_weight(self) -> tuple[Any, ...]:
         """Arguments of bayes_linear_backward_weight."""
-        return (self.grad_y, self.grad_kl, self.x, *self.weight, *self.noise)
+        return (self.grad_y, self.grad_kl, self.x, *self.weight, *self.bias, *self.noise, self.bias_address)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Problem":
         """The problem with `function` applied to each floating tensor."""
@@ -183,10 +183,11 @@ def check_input_gradient(problem: Problem, config: MatmulConfig | None, device: 
 
 
 def check_weight_gradients(problem: Problem, config: MatmulConfig | None, device: str) -> None:
-    """Likewise dmu and drho."""
+    """Likewise dmu and drho of weight and bias."""
     gradients = kernels.bayes_linear_backward_weight(*problem.to(device).backward_weight, config=config)
     expected = torch.ops.fusedbayes.bayes_linear_backward_weight(*problem.exact().backward_weight)
     for gradient, exact in zip(gradients, expected, strict=True):
         assert gradient.dtype == problem.weight[0].dtype
+        assert gradient.shape == exact.shape
         # x and dY are given in their dtype and their products added in fp32: no 16-bit rounding on the way.
         assert_close(gradient, exact, terms=problem.x.shape[0], operands=torch.float32)

@@ -20,11 +20,11 @@ from fusedbayes.noise import Address
 
 ops = torch.ops.fusedbayes
 
-# Small enough that (33, 37, 41) takes several tiles along every axis, with a ragged last one.
+# Small enough that (33, 37, 44) takes several tiles along every axis, with a ragged last one.
 TILE = TileConfig(block_n=16, block_k=16)
 SINGLE_PASS = MatmulConfig(16, 16, 16)
 SAMPLE_ONCE = MatmulConfig(16, 16, 16, single_pass=False)
-SHAPES = pytest.mark.parametrize("shape", [(33, 37, 41), (1, 5, 3), (16, 16, 16), (3, 1, 1), (0, 5, 3)], ids=str)
+SHAPES = pytest.mark.parametrize("shape", [(33, 37, 44), (1, 21, 36), (16, 16, 16), (33, 37, 41), (1, 5, 3), (3, 1, 1), (0, 5, 3)], ids=str)
 
 
 @pytest.mark.parametrize("config", [SINGLE_PASS, SAMPLE_ONCE, None], ids=["single-pass", "sample-once", "selected"])
@@ -47,17 +47,17 @@ def test_gradients_of_the_weight(
 
 @pytest.mark.parametrize("prior", PRIORS)
 def test_priors_in_the_gradients_of_the_weight(kernel_device: str, prior: str) -> None:
-    check_weight_gradients(make_problem((5, 18, 19), prior=prior), SINGLE_PASS, kernel_device)
+    check_weight_gradients(make_problem((5, 18, 20), prior=prior), SINGLE_PASS, kernel_device)
 
 
 def test_gradients_of_the_weight_when_the_kl_is_not_used(kernel_device: str) -> None:
-    problem = make_problem((5, 18, 19), prior="per-weight")._replace(grad_kl=None)
+    problem = make_problem((5, 18, 20), prior="per-weight")._replace(grad_kl=None)
     check_weight_gradients(problem, SINGLE_PASS, kernel_device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_gradients_of_16_bit_parameters(kernel_device: str, dtype: torch.dtype) -> None:
-    problem = make_problem((5, 18, 19), dtype=dtype, parameter_dtype=dtype, prior="per-weight")
+    problem = make_problem((5, 18, 20), dtype=dtype, parameter_dtype=dtype, prior="per-weight")
     check_weight_gradients(problem, SINGLE_PASS, kernel_device)
     check_input_gradient(problem, SINGLE_PASS, kernel_device)
 

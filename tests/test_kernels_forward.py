@@ -21,7 +21,7 @@ from fusedbayes.noise import Address
 
 ops = torch.ops.fusedbayes
 
-# Small enough that (33, 37, 41) takes several tiles along every axis, with a ragged last one.
+# Small enough that (33, 37, 44) takes several tiles along every axis, with a ragged last one.
 TILE = TileConfig(block_n=16, block_k=16)
 SINGLE_PASS = MatmulConfig(16, 16, 16)
 SAMPLE_ONCE = MatmulConfig(16, 16, 16, single_pass=False)
@@ -32,7 +32,7 @@ CONFIGS = pytest.mark.parametrize(
 
 @CONFIGS
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(33, 37, 41), (1, 5, 3), (16, 16, 16), (3, 1, 1), (0, 5, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(33, 37, 44), (1, 21, 36), (16, 16, 16), (33, 37, 41), (1, 5, 3), (3, 1, 1), (0, 5, 3)], ids=str)
 def test_bayes_linear(
     kernel_device: str, shape: tuple[int, int, int], dtype: torch.dtype, config: MatmulConfig | None
 ) -> None:
@@ -43,19 +43,19 @@ def test_bayes_linear(
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 @pytest.mark.parametrize("prior", PRIORS)
 def test_priors_and_bias_of_bayes_linear(kernel_device: str, prior: str, bias: bool, config: MatmulConfig) -> None:
-    check_bayes_linear(make_problem((5, 18, 19), prior=prior, bias=bias), config, kernel_device)
+    check_bayes_linear(make_problem((5, 18, 20), prior=prior, bias=bias), config, kernel_device)
 
 
 @pytest.mark.parametrize("config", [SINGLE_PASS, SAMPLE_ONCE], ids=["single-pass", "sample-once"])
 @pytest.mark.parametrize("options", [{"with_kl": False}, {"sample": None}, {"sample": 2**32 - 1}], ids=str)
 def test_options_of_bayes_linear(kernel_device: str, options: dict[str, Any], config: MatmulConfig) -> None:
-    check_bayes_linear(make_problem((5, 18, 19), **options), config, kernel_device)
+    check_bayes_linear(make_problem((5, 18, 20), **options), config, kernel_device)
 
 
 @CONFIGS
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_16_bit_parameters_of_bayes_linear(kernel_device: str, dtype: torch.dtype, config: MatmulConfig | None) -> None:
-    problem = make_problem((5, 18, 19), dtype=dtype, parameter_dtype=dtype, prior="per-weight")
+    problem = make_problem((5, 18, 20), dtype=dtype, parameter_dtype=dtype, prior="per-weight")
     check_bayes_linear(problem, config, kernel_device)
 
 

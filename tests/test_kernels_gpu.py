@@ -55,7 +55,7 @@ def test_operators_on_cuda_equal_those_on_the_cpu(name: str, prior: str) -> None
 
 
 def test_double_precision_on_cuda_is_double() -> None:
-    problem = make_problem((5, 18, 19), dtype=torch.float64, parameter_dtype=torch.float64)
+    problem = make_problem((5, 18, 20), dtype=torch.float64, parameter_dtype=torch.float64)
     for actual, expected in zip(
         ops.bayes_linear(*problem.to("cuda").forward), ops.bayes_linear(*problem.forward), strict=True
     ):

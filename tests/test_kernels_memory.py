@@ -24,7 +24,7 @@ from fusedbayes.noise import Address
 
 ops = torch.ops.fusedbayes
 
-SHAPE = (17, 19, 23)  # M, N, K: two tiles along every axis, the second ragged
+SHAPE = (17, 19, 24)  # M, N, K: two tiles along every axis, the second ragged
 TILE = TileConfig(block_n=16, block_k=16)
 SINGLE_PASS = MatmulConfig(16, 16, 16)
 SAMPLE_ONCE = MatmulConfig(16, 16, 16, single_pass=False)

@@ -117,23 +117,27 @@ class _BayesLinear(_Operator):
         x, *parameters, seed, sample = ctx.saved_tensors
         weight, bias = parameters[:4], parameters[4:]
         weight_address, bias_address, _ = ctx.rest
-        weight_noise, bias_noise = (seed, sample, weight_address), (seed, sample, bias_address)
         needs_x, needs_weight, needs_bias = (any(ctx.needs_input_grad[i:j]) for i, j in ((0, 1), (1, 3), (5, 7)))
-        grad_x = grad_bias = None
-        grad_weights: tuple[Tensor | None, Tensor | None] = (None, None)
-        grad_biases: tuple[Tensor | None, Tensor | None] = (None, None)
+        grad_x = None
+        grad_weights: tuple[Tensor | None, ...] = (None, None)
+        grad_biases: tuple[Tensor | None, ...] = (None, None)
         if grad_y is not None and needs_x:
-            grad_x = ops.bayes_linear_backward_input.default(grad_y, *weight[:2], *weight_noise)
+            grad_x = ops.bayes_linear_backward_input.default(grad_y, *weight[:2], seed, sample, weight_address)
         if needs_weight and grad_y is not None:
-            grad_weights = ops.bayes_linear_backward_weight.default(grad_y, grad_kl, x, *weight, *weight_noise)
-        elif needs_weight:
-            grad_weights = ops.sample_weight_backward.default(None, grad_kl, *weight, *weight_noise)
-        if needs_bias:
-            if grad_y is not None:
-                grad_bias = grad_y.sum(0, keepdim=True, dtype=compute_dtype(grad_y))
-            rows = [t if t is None or t.dim() == 0 else t[None] for t in bias]
-            grad_rows = ops.sample_weight_backward.default(grad_bias, grad_kl, *rows, *bias_noise)
-            grad_biases = grad_rows[0][0], grad_rows[1][0]
+            # A bias comes along in the same launch.
+            bias_or_none = bias if needs_bias else (None,) * 4
+            noises = (seed, sample, weight_address, bias_address)
+            grads = ops.bayes_linear_backward_weight.default(grad_y, grad_kl, x, *weight, *bias_or_none, *noises)
+            grad_weights, grad_biases = grads[:2], grads[2:] if needs_bias else (None, None)
+        else:
+            if needs_weight:
+                noise = (seed, sample, weight_address)
+                grad_weights = ops.sample_weight_backward.default(None, grad_kl, *weight, *noise)
+            if needs_bias:
+                grad_bias = None if grad_y is None else grad_y.sum(0, keepdim=True, dtype=compute_dtype(grad_y))
+                rows = [t if t is None or t.dim() == 0 else t[None] for t in bias]
+                grad_rows = ops.sample_weight_backward.default(grad_bias, grad_kl, *rows, seed, sample, bias_address)
+                grad_biases = grad_rows[0][0], grad_rows[1][0]
         return grad_x, *grad_weights, None, None, *grad_biases, *[None] * 7
 
 

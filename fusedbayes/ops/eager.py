@@ -102,15 +102,26 @@ def bayes_linear_backward_weight(
     grad_y: Tensor,
     grad_kl: Tensor | None,
     x: Tensor,
-    mu: Tensor,
-    rho: Tensor,
-    prior_mu: Tensor | None,
-    prior_sigma: Tensor | None,
+    weight_mu: Tensor,
+    weight_rho: Tensor,
+    weight_prior_mu: Tensor | None,
+    weight_prior_sigma: Tensor | None,
+    bias_mu: Tensor | None,
+    bias_rho: Tensor | None,
+    bias_prior_mu: Tensor | None,
+    bias_prior_sigma: Tensor | None,
     seed: Tensor,
     sample: Tensor | None,
-    address: Sequence[int],
-) -> tuple[Tensor, Tensor]:
-    return sample_weight_backward(grad_y.t() @ x, grad_kl, mu, rho, prior_mu, prior_sigma, seed, sample, address)
+    weight_address: Sequence[int],
+    bias_address: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    weight = (weight_mu, weight_rho, weight_prior_mu, weight_prior_sigma)
+    grads = sample_weight_backward(grad_y.t() @ x, grad_kl, *weight, seed, sample, weight_address)
+    if bias_mu is None or bias_rho is None:
+        return *grads, weight_mu.new_empty(0), weight_mu.new_empty(0)
+    grad_bias = grad_y.sum(0, dtype=compute_dtype(grad_y))
+    bias = (bias_mu, bias_rho, bias_prior_mu, bias_prior_sigma)
+    return *grads, *sample_weight_backward(grad_bias, grad_kl, *bias, seed, sample, bias_address)
 
 
 def _no_kl(mu: Tensor) -> Tensor:

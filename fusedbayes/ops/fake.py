@@ -34,9 +34,13 @@ def bayes_linear_backward_input(grad_y: Tensor, mu: Tensor, *_: Any) -> Tensor:
 
 
 def bayes_linear_backward_weight(
-    grad_y: Any, grad_kl: Any, x: Any, mu: Tensor, rho: Tensor, *_: Any
-) -> tuple[Tensor, Tensor]:
-    return mu.new_empty(mu.shape), rho.new_empty(rho.shape)
+    grad_y: Any, grad_kl: Any, x: Any, mu: Tensor, rho: Tensor, prior_mu: Any, prior_sigma: Any, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    bias_mu, bias_rho, *_ = rest
+    grads = mu.new_empty(mu.shape), rho.new_empty(rho.shape)
+    if bias_mu is None:
+        return *grads, mu.new_empty(0), mu.new_empty(0)
+    return *grads, bias_mu.new_empty(bias_mu.shape), bias_rho.new_empty(bias_rho.shape)
 
 
 def _kl(mu: Tensor, with_kl: bool) -> Tensor:

@@ -1,0 +1,273 @@
+"""dmu and drho of weight and bias from dL/dW = dY^T X, without storing it or the noise."""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fusedbayes.kernels.bias import store_bias_gradients
+from fusedbayes.kernels.config import MatmulConfig, fits, select_config
+from fusedbayes.kernels.gaussian import gaussian_gradients
+from fusedbayes.kernels.launch import (
+    NOT_SPECIALIZED,
+    allow_tf32,
+    bias_noise,
+    capability,
+    dot_options,
+    empty_gradients,
+    pointers,
+    scalar_priors,
+)
+from fusedbayes.kernels.linear import whole_quads
+from fusedbayes.kernels.noise import load_key, normal_tile
+from fusedbayes.kernels.sample_backward import sample_layer_backward
+
+
+@triton.jit
+def _halves(tile):
+    """The left and the right half of the columns: registers of the tensor cores' layout, so nothing moves."""
+    return tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _load_prior(ptr, number, offsets, IS_SCALAR: tl.constexpr):
+    if IS_SCALAR:
+        value = number
+    else:
+        value = tl.load(ptr + offsets).to(tl.float32)
+    return value
+
+
+@triton.jit
+def _store_gradients(
+    grad_mu_ptr,
+    grad_rho_ptr,
+    grad_weight,  # the piece of dL/dW, fp32
+    grad_kl,
+    tensors,  # pointers to mu, rho and both priors
+    prior,  # its mean and deviation, where they are numbers
+    noise,  # seed, rows, quads, sample, stream
+    offsets,  # of the piece
+    WITH_KL: tl.constexpr,
+    PRIOR_MU_SCALAR: tl.constexpr,
+    PRIOR_SIGMA_SCALAR: tl.constexpr,
+):
+    """dmu and drho of one piece of the tile."""
+    mu_ptr, rho_ptr, prior_mu_ptr, prior_sigma_ptr = tensors
+    seed, rows, quads, sample, stream = noise
+    eps = normal_tile(seed, rows, quads, sample, stream)
+    mu = tl.load(mu_ptr + offsets).to(tl.float32)
+    rho = tl.load(rho_ptr + offsets).to(tl.float32)
+    prior_mu, prior_sigma = prior
+    if WITH_KL:
+        prior_mu = _load_prior(prior_mu_ptr, prior_mu, offsets, PRIOR_MU_SCALAR)
+        prior_sigma = _load_prior(prior_sigma_ptr, prior_sigma, offsets, PRIOR_SIGMA_SCALAR)
+    grad_mu, grad_rho = gaussian_gradients(grad_weight, grad_kl, mu, rho, eps, prior_mu, prior_sigma, WITH_KL)
+    tl.store(grad_mu_ptr + offsets, grad_mu.to(grad_mu_ptr.dtype.element_ty))
+    tl.store(grad_rho_ptr + offsets, grad_rho.to(grad_rho_ptr.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def _linear_backward_weight_kernel(
+    grad_mu_ptr,  # (N, K) row-major
+    grad_rho_ptr,  # (N, K) row-major
+    grad_bias_mu_ptr,  # (N,), or None
+    grad_bias_rho_ptr,  # (N,), or None
+    grad_y_ptr,  # (M, N)
+    grad_kl_ptr,  # () fp32, or None
+    x_ptr,  # (M, K)
+    mu_ptr,  # (N, K) row-major
+    rho_ptr,  # (N, K) row-major
+    prior_mu_ptr,  # () or (N, K) row-major
+    prior_sigma_ptr,  # () or (N, K) row-major
+    bias_mu_ptr,  # (N,)
+    bias_rho_ptr,  # (N,)
+    bias_prior_mu_ptr,  # () or (N,)
+    bias_prior_sigma_ptr,  # () or (N,)
+    seed_ptr,  # () int64
+    sample_ptr,  # () int64, or None for 0
+    M,
+    N,
+    K,
+    stride_gm,
+    stride_gn,
+    stride_xm,
+    stride_xk,
+    row_offset,
+    quad_offset,
+    stream,
+    bias_row,
+    bias_column,
+    bias_stream,
+    EVEN_M: tl.constexpr,  # BLOCK_M divides M
+    GRAD_QUADS: tl.constexpr,  # grad_y has whole quads of adjacent columns
+    X_QUADS: tl.constexpr,  # x has, too
+    PRIOR_MU_SCALAR: tl.constexpr,
+    PRIOR_SIGMA_SCALAR: tl.constexpr,
+    BIAS_PRIOR_MU_SCALAR: tl.constexpr,
+    BIAS_PRIOR_SIGMA_SCALAR: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """G = dY^T X over the batch, then dmu and drho of `gaussian_gradients` in registers, eps drawn again.
+
+    Grid: (cdiv(N, BLOCK_N) * cdiv(K, BLOCK_K),): one dimension, because the second ends at 65535. The first tile of
+    columns also sums dY over the batch for the bias. 4 divides K and the shard's first column.
+    """
+    K = K // 4 * 4  # for the compiler to see
+    if GRAD_QUADS:
+        stride_gm = stride_gm // 4 * 4
+    if X_QUADS:
+        stride_xm = stride_xm // 4 * 4
+    tiles_k = tl.cdiv(K, BLOCK_K)
+    tile_n, tile_k = tl.program_id(0) // tiles_k, tl.program_id(0) % tiles_k
+    # Tiles that would stick out move back; what they share with their neighbours both compute and write alike.
+    first_row, first_column = tl.minimum(tile_n * BLOCK_N, N - BLOCK_N), tl.minimum(tile_k * BLOCK_K, K - BLOCK_K)
+    rows = first_row + tl.arange(0, BLOCK_N)
+    batch = tl.arange(0, BLOCK_M)
+    grad_y_ptr += first_row.to(tl.int64) * stride_gn
+    x_ptr += first_column.to(tl.int64) * stride_xk
+    grad_y_offsets = batch[None, :] * stride_gm + tl.arange(0, BLOCK_N)[:, None] * stride_gn
+    x_offsets = batch[:, None] * stride_xm + tl.arange(0, BLOCK_K)[None, :] * stride_xk
+    grad_weight = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    for tile_m in range(M // BLOCK_M):
+        first = tl.cast(tile_m * BLOCK_M, tl.int64)
+        grad_y = tl.load(grad_y_ptr + first * stride_gm + grad_y_offsets)
+        x = tl.load(x_ptr + first * stride_xm + x_offsets)
+        grad_weight = tl.dot(grad_y.to(DOT_DTYPE), x.to(DOT_DTYPE), grad_weight, input_precision=INPUT_PRECISION)
+    if not EVEN_M:
+        first = tl.cast(M // BLOCK_M * BLOCK_M, tl.int64)
+        left = first + batch < M
+        grad_y = tl.load(grad_y_ptr + first * stride_gm + grad_y_offsets, mask=left[None, :], other=0.0)
+        x = tl.load(x_ptr + first * stride_xm + x_offsets, mask=left[:, None], other=0.0)
+        grad_weight = tl.dot(grad_y.to(DOT_DTYPE), x.to(DOT_DTYPE), grad_weight, input_precision=INPUT_PRECISION)
+
+    seed, sample = load_key(seed_ptr, sample_ptr)
+    grad_kl = 0.0
+    prior = 0.0, 1.0
+    if grad_kl_ptr is not None:
+        grad_kl = tl.load(grad_kl_ptr)
+        prior = tl.load(prior_mu_ptr).to(tl.float32), tl.load(prior_sigma_ptr).to(tl.float32)
+    # In quarters: the whole tile's mu, rho, eps and gradients at once would not fit the registers.
+    left_half, right_half = _halves(grad_weight)
+    pieces = _halves(left_half) + _halves(right_half)
+    PIECE: tl.constexpr = BLOCK_K // 4
+    start = first_row.to(tl.int64) * K + first_column
+    for i in tl.static_range(4):
+        piece_offsets = tl.arange(0, BLOCK_N)[:, None] * K + (i * PIECE + tl.arange(0, PIECE))[None, :]
+        quads = quad_offset + (first_column + i * PIECE) // 4 + tl.arange(0, PIECE // 4)
+        _store_gradients(
+            grad_mu_ptr,
+            grad_rho_ptr,
+            pieces[i],
+            grad_kl,
+            (mu_ptr, rho_ptr, prior_mu_ptr, prior_sigma_ptr),
+            prior,
+            (seed, row_offset + rows, quads, sample, stream),
+            start + piece_offsets,
+            grad_kl_ptr is not None,
+            PRIOR_MU_SCALAR,
+            PRIOR_SIGMA_SCALAR,
+        )
+    if grad_bias_mu_ptr is not None:
+        if tile_k == 0:
+            grad_bias = tl.zeros((BLOCK_N,), tl.float32)
+            for tile_m in range(tl.cdiv(M, BLOCK_M)):
+                first = tl.cast(tile_m * BLOCK_M, tl.int64)
+                in_batch = (first + batch < M)[None, :]
+                grad_y = tl.load(grad_y_ptr + first * stride_gm + grad_y_offsets, mask=in_batch, other=0.0)
+                grad_bias += tl.sum(grad_y.to(tl.float32), axis=1)
+            store_bias_gradients(
+                grad_bias_mu_ptr,
+                grad_bias_rho_ptr,
+                grad_bias,
+                grad_kl_ptr,
+                bias_mu_ptr,
+                bias_rho_ptr,
+                bias_prior_mu_ptr,
+                bias_prior_sigma_ptr,
+                rows,
+                N,
+                seed,
+                sample,
+                bias_row,
+                bias_column,
+                bias_stream,
+                BIAS_PRIOR_MU_SCALAR,
+                BIAS_PRIOR_SIGMA_SCALAR,
+            )
+
+
+def _product(grad_y: Tensor, x: Tensor) -> Tensor:
+    """dY^T X by the library, not rounded to 16 bits on the way to fp32 gradients."""
+    if grad_y.is_cuda and grad_y.dtype != torch.float32:
+        return torch.mm(grad_y.t(), x, out_dtype=torch.float32)
+    return grad_y.t().float() @ x.float()
+
+
+def bayes_linear_backward_weight(
+    grad_y: Tensor,
+    grad_kl: Tensor | None,
+    x: Tensor,
+    weight_mu: Tensor,
+    weight_rho: Tensor,
+    weight_prior_mu: Tensor | None,
+    weight_prior_sigma: Tensor | None,
+    bias_mu: Tensor | None,
+    bias_rho: Tensor | None,
+    bias_prior_mu: Tensor | None,
+    bias_prior_sigma: Tensor | None,
+    seed: Tensor,
+    sample: Tensor | None,
+    weight_address: Sequence[int],
+    bias_address: Sequence[int],
+    config: MatmulConfig | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dmu and drho of weight and bias; see the operator of this name."""
+    (M, N), K = grad_y.shape, weight_mu.shape[1]
+    shape = (M, N, K)
+    config = config or select_config("backward_weight", shape, x.dtype, capability(x), allow_tf32())
+    weight = (weight_mu, weight_rho, weight_prior_mu, weight_prior_sigma)
+    bias = (bias_mu, bias_rho, bias_prior_mu, bias_prior_sigma)
+    stream, row_offset, column_offset = weight_address
+    if not (config.single_pass and fits("backward_weight", config, shape) and column_offset % 4 == 0):
+        key, addresses = (seed, sample), (weight_address, bias_address)
+        return sample_layer_backward(_product(grad_y, x), grad_y, grad_kl, weight, bias, key, addresses)
+    grads = empty_gradients(weight, weight_mu), empty_gradients(bias, weight_mu)
+    _linear_backward_weight_kernel[(triton.cdiv(N, config.block_n) * triton.cdiv(K, config.block_k),)](
+        *grads[0],
+        *(grads[1] if bias_mu is not None else (None, None)),
+        grad_y,
+        grad_kl,
+        x,
+        *pointers(weight),
+        *pointers(bias),
+        seed,
+        sample,
+        M,
+        N,
+        K,
+        *grad_y.stride(),
+        *x.stride(),
+        row_offset,
+        column_offset // 4,
+        stream,
+        *bias_noise(bias_address),
+        EVEN_M=M % config.block_m == 0,
+        GRAD_QUADS=whole_quads(grad_y.stride()),
+        X_QUADS=whole_quads(x.stride()),
+        **scalar_priors(weight),
+        **scalar_priors(bias, "BIAS_"),
+        **dot_options(x),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return *grads[0], *grads[1]

@@ -1,0 +1,198 @@
+"""The gradients of a sampled weight and of its KL: a pass over (mu, rho) and dL/dW, built like `sample`'s."""
+
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fusedbayes.kernels.bias import store_bias_gradients
+from fusedbayes.kernels.config import TileConfig, select_tile_config
+from fusedbayes.kernels.gaussian import gaussian_gradients
+from fusedbayes.kernels.launch import (
+    NOT_SPECIALIZED,
+    Parameter,
+    bias_noise,
+    contiguous,
+    empty_gradients,
+    pointers,
+    scalar_priors,
+)
+from fusedbayes.kernels.noise import load_key
+from fusedbayes.kernels.quads import load_quads, normal_quads, quad_columns, store_quads
+from fusedbayes.kernels.sample import NO_BIAS, constants, programs_of, row_tile
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def _sample_weight_backward_kernel(
+    grad_mu_ptr,  # (N, K) row-major
+    grad_rho_ptr,  # (N, K) row-major
+    grad_bias_mu_ptr,  # (N,), or None
+    grad_bias_rho_ptr,  # (N,), or None
+    grad_weight_ptr,  # (N, K) row-major, or None: only the KL was used
+    grad_y_ptr,  # (M, N), the bias's share of the gradient, or None
+    grad_kl_ptr,  # () fp32, or None: only the sample was used
+    mu_ptr,  # (N, K) row-major
+    rho_ptr,  # (N, K) row-major
+    prior_mu_ptr,  # () or (N, K) row-major
+    prior_sigma_ptr,  # () or (N, K) row-major
+    bias_mu_ptr,  # (N,)
+    bias_rho_ptr,  # (N,)
+    bias_prior_mu_ptr,  # () or (N,)
+    bias_prior_sigma_ptr,  # () or (N,)
+    seed_ptr,  # () int64
+    sample_ptr,  # () int64, or None for 0
+    M,
+    N,
+    K,
+    stride_gm,
+    stride_gn,
+    row_offset,
+    quad_offset,
+    stream,
+    bias_row,
+    bias_column,
+    bias_stream,
+    COLUMN_SHIFT: tl.constexpr,
+    WHOLE_QUADS: tl.constexpr,  # 4 divides K, and COLUMN_SHIFT is 0
+    EVEN: tl.constexpr,  # BLOCK_K divides K, and COLUMN_SHIFT is 0
+    PRIOR_MU_SCALAR: tl.constexpr,
+    PRIOR_SIGMA_SCALAR: tl.constexpr,
+    BIAS_PRIOR_MU_SCALAR: tl.constexpr,
+    BIAS_PRIOR_SIGMA_SCALAR: tl.constexpr,
+    BIAS_BLOCK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """dmu and drho of `gaussian_gradients`, eps drawn again; the bias's dL/db is the sum of dY over the batch.
+
+    Grid: as for `_sample_weight_kernel`.
+    """
+    if WHOLE_QUADS:
+        K = K // 4 * 4  # for the compiler to see
+    tile, tiles = tl.program_id(0), tl.cdiv(N, BLOCK_N) * tl.cdiv(K + COLUMN_SHIFT, BLOCK_K)
+    if grad_weight_ptr is not None:
+        seed, sample = load_key(seed_ptr, sample_ptr)
+    if tile < tiles:
+        begin, end, column, quads = row_tile(tile, N, K, quad_offset, COLUMN_SHIFT, BLOCK_N, BLOCK_K)
+        columns, exist = quad_columns(column, K, COLUMN_SHIFT, WHOLE_QUADS, EVEN, BLOCK_K)
+        start = begin.to(tl.int64) * K + column
+        mu_row, rho_row = mu_ptr + start, rho_ptr + start
+        grad_mu_row, grad_rho_row = grad_mu_ptr + start, grad_rho_ptr + start
+        if grad_weight_ptr is not None:
+            grad_weight_row = grad_weight_ptr + start
+        grad_kl, prior_mu, prior_sigma = 0.0, 0.0, 1.0
+        if grad_kl_ptr is not None:
+            grad_kl = tl.load(grad_kl_ptr)
+            prior_mu_row, prior_sigma_row = prior_mu_ptr + start, prior_sigma_ptr + start
+            prior_mu, prior_sigma = tl.load(prior_mu_ptr).to(tl.float32), tl.load(prior_sigma_ptr).to(tl.float32)
+        for row in range(begin, end):
+            mu = load_quads(mu_row, columns, exist, 0.0, WHOLE_QUADS)
+            rho = load_quads(rho_row, columns, exist, 0.0, WHOLE_QUADS)
+            grad_weight = tl.zeros((BLOCK_K // 4, 4), tl.float32)
+            eps = grad_weight
+            if grad_weight_ptr is not None:
+                grad_weight = load_quads(grad_weight_row, columns, exist, 0.0, WHOLE_QUADS)
+                grad_weight_row += K
+                eps = normal_quads(seed, quads, row_offset + row, sample, stream)
+            m0, s0 = prior_mu, prior_sigma
+            if grad_kl_ptr is not None:
+                if not PRIOR_MU_SCALAR:
+                    m0 = load_quads(prior_mu_row, columns, exist, 0.0, WHOLE_QUADS)
+                    prior_mu_row += K
+                if not PRIOR_SIGMA_SCALAR:
+                    s0 = load_quads(prior_sigma_row, columns, exist, 1.0, WHOLE_QUADS)
+                    prior_sigma_row += K
+            grad_mu, grad_rho = gaussian_gradients(grad_weight, grad_kl, mu, rho, eps, m0, s0, grad_kl_ptr is not None)
+            store_quads(grad_mu_row, columns, grad_mu, exist, WHOLE_QUADS)
+            store_quads(grad_rho_row, columns, grad_rho, exist, WHOLE_QUADS)
+            mu_row += K
+            rho_row += K
+            grad_mu_row += K
+            grad_rho_row += K
+    elif grad_bias_mu_ptr is not None:
+        outputs = (tile - tiles) * BIAS_BLOCK + tl.arange(0, BIAS_BLOCK)
+        grad_bias = tl.zeros((BIAS_BLOCK,), tl.float32)
+        for first in range(0, M, 16):
+            batch = first + tl.arange(0, 16)
+            grad_y_rows = grad_y_ptr + batch.to(tl.int64)[:, None] * stride_gm
+            in_bounds = (batch < M)[:, None] & (outputs < N)[None, :]
+            grad_y = tl.load(grad_y_rows + outputs.to(tl.int64)[None, :] * stride_gn, mask=in_bounds, other=0.0)
+            grad_bias += tl.sum(grad_y.to(tl.float32), axis=0)
+        store_bias_gradients(
+            grad_bias_mu_ptr,
+            grad_bias_rho_ptr,
+            grad_bias,
+            grad_kl_ptr,
+            bias_mu_ptr,
+            bias_rho_ptr,
+            bias_prior_mu_ptr,
+            bias_prior_sigma_ptr,
+            outputs,
+            N,
+            seed,
+            sample,
+            bias_row,
+            bias_column,
+            bias_stream,
+            BIAS_PRIOR_MU_SCALAR,
+            BIAS_PRIOR_SIGMA_SCALAR,
+        )
+
+
+def sample_layer_backward(
+    grad_weight: Tensor | None,
+    grad_y: Tensor | None,
+    grad_kl: Tensor | None,
+    weight: Parameter,
+    bias: Sequence[Tensor | None],
+    key: tuple[Tensor | None, Tensor | None],
+    addresses: tuple[Sequence[int], Sequence[int]],
+    config: TileConfig | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dmu and drho of the weight and of the bias, whose gradient is the sum of grad_y (M, N), in one launch."""
+    mu, with_bias = weight[0], bias[0] is not None
+    config = config or select_tile_config(mu.shape)
+    grads = empty_gradients(weight, mu), empty_gradients(bias, mu)
+    programs = programs_of(mu.shape, addresses[0], config, with_bias)
+    stream, row_offset, column_offset = addresses[0]
+    if programs > 0:
+        _sample_weight_backward_kernel[(programs,)](
+            *grads[0],
+            *(grads[1] if with_bias else (None, None)),
+            contiguous(grad_weight),
+            grad_y,
+            grad_kl,
+            *pointers(weight),
+            *pointers(bias),
+            *key,
+            0 if grad_y is None else grad_y.shape[0],
+            *mu.shape,
+            *((0, 0) if grad_y is None else grad_y.stride()),
+            row_offset,
+            column_offset // 4,
+            stream,
+            *bias_noise(addresses[1]),
+            **scalar_priors(weight),
+            **scalar_priors(bias, "BIAS_"),
+            **constants(mu.shape, addresses[0], config),
+        )
+    return *grads[0], *grads[1]
+
+
+def sample_weight_backward(
+    grad_weight: Tensor | None,
+    grad_kl: Tensor | None,
+    mu: Tensor,
+    rho: Tensor,
+    prior_mu: Tensor | None,
+    prior_sigma: Tensor | None,
+    seed: Tensor | None,
+    sample: Tensor | None,
+    address: Sequence[int],
+    config: TileConfig | None = None,
+) -> tuple[Tensor, Tensor]:
+    """dmu and drho; see the operator of this name."""
+    parameter, addresses = (mu, rho, prior_mu, prior_sigma), (address, address)
+    grads = sample_layer_backward(grad_weight, None, grad_kl, parameter, NO_BIAS, (seed, sample), addresses, config)
+    return grads[:2]

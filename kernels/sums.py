@@ -1,0 +1,111 @@
+"""How partial sums become one: within a thread, over the programs of a launch, over the splits of a product.
+
+Always in the same order, so that a run repeats bit for bit.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 1024  # elements that a program of the second stage adds up
+
+_counters: dict[tuple[torch.device, int], Tensor] = {}
+
+
+@triton.jit
+def _quarters(tile):
+    """(R, 4 Q) to four (R, Q), the columns 4q, 4q+1, 4q+2 and 4q+3: they lie in one thread, so nothing moves."""
+    even, odd = tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], tile.shape[1] // 4, 2, 2)), (0, 1, 3, 2)))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, third, second, fourth
+
+
+@triton.jit
+def sum_rows(tile, ROWS: tl.constexpr):
+    """(R, Q) to (ROWS, Q): sums of rows ROWS apart. Where these lie in one thread nothing moves."""
+    return tl.sum(tl.reshape(tile, (tile.shape[0] // ROWS, ROWS, tile.shape[1])), axis=0)
+
+
+@triton.jit
+def sum_quads(tile):
+    """(R, 4 Q) to (R, Q): sums of four adjacent columns."""
+    a, b, c, d = _quarters(tile)
+    return (a + b) + (c + d)
+
+
+@triton.jit
+def sum_squares_of_quads(first, second):
+    """(R, 4 Q) twice to (R, Q): sums of the squares of four adjacent columns of both, one multiply-add each."""
+    a, b, c, d = _quarters(first)
+    e, f, g, h = _quarters(second)
+    return a * a + b * b + c * c + d * d + e * e + f * f + g * g + h * h
+
+
+def arrival_counter(like: Tensor) -> Tensor:
+    """A zero on the device for `sum_in_order`, which leaves it a zero again: one launch less than a new one each time.
+
+    Kernels of one stream run one after another and can share it. A captured graph, whose replays may run beside other
+    kernels, gets its own.
+    """
+    stream = 0
+    if like.is_cuda:
+        if torch.cuda.is_current_stream_capturing():
+            return like.new_zeros((), dtype=torch.int32)
+        stream = torch.cuda.current_stream(like.device).cuda_stream
+    key = (like.device, stream)
+    if key not in _counters:
+        _counters[key] = like.new_zeros((), dtype=torch.int32)
+    return _counters[key]
+
+
+@triton.jit
+def sum_in_order(
+    total_ptr,  # () fp32
+    partial_ptr,  # (parts,) fp32
+    counter_ptr,  # () int32, zero
+    partial,
+    part,
+    parts,
+):
+    """total = the sum of every program's partial sum, in the order of their parts, whichever program comes last."""
+    tl.store(partial_ptr + part, partial)
+    arrived = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
+    if arrived == parts - 1:
+        sums = tl.zeros((1024,), tl.float32)
+        for begin in range(0, parts, 1024):
+            each = begin + tl.arange(0, 1024)
+            # From the L2 cache, where the other programs' stores are.
+            sums += tl.load(partial_ptr + each, mask=each < parts, other=0.0, cache_modifier=".cg")
+        tl.store(total_ptr, tl.sum(sums))
+        tl.store(counter_ptr, 0)
+
+
+@triton.jit
+def _reduce_kernel(
+    out_ptr,  # (elements,)
+    partial_ptr,  # (SPLITS, elements) fp32
+    elements,
+    SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out = the sum of the partial results. Grid: (cdiv(elements, BLOCK),)."""
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    in_bounds = offsets < elements
+    total = tl.zeros((BLOCK,), tl.float32)
+    for split in tl.static_range(SPLITS):
+        total += tl.load(partial_ptr + tl.cast(elements, tl.int64) * split + offsets, mask=in_bounds, other=0.0)
+    tl.store(out_ptr + offsets, total.to(out_ptr.dtype.element_ty), mask=in_bounds)
+
+
+def partial_results(out: Tensor, splits: int) -> Tensor:
+    """Where the splits put their results: in `out` itself if there is one."""
+    return out if splits == 1 else out.new_empty((splits, *out.shape), dtype=torch.float32)
+
+
+def reduce(out: Tensor, partial: Tensor, splits: int) -> Tensor:
+    """Adds the partial results into `out`."""
+    if splits > 1:
+        _reduce_kernel[(triton.cdiv(out.numel(), BLOCK),)](out, partial, out.numel(), SPLITS=splits, BLOCK=BLOCK)
+    return out
