@@ -57,7 +57,9 @@ def launcher(kernel: str, shape: tuple[int, int, int], dtype: torch.dtype, devic
             return kernels.bayes_linear(x, mu, rho, *prior, *no_bias, *noise, (1, 0, 0), True, config=config)
         if kernel == "backward_input":
             return (kernels.bayes_linear_backward_input(grad_y, mu, rho, *noise, config=config),)
-        return kernels.bayes_linear_backward_weight(grad_y, grad_kl, x, mu, rho, *prior, *noise, config=config)
+        return kernels.bayes_linear_backward_weight(
+            grad_y, grad_kl, x, mu, rho, *prior, *no_bias, *noise, (1, 0, 0), config=config
+        )[:2]
 
     return run
 

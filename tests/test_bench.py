@@ -135,6 +135,6 @@ def test_compare_finds_what_got_slower() -> None:
 def test_candidate_search(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "MIN_ROUNDS", 1)
     current, other = MatmulConfig(16, 16, 16), MatmulConfig(16, 32, 16)
-    rows = tune.search(kernel, (5, 17, 19), torch.float32, current, [other, current], device="cpu")
+    rows = tune.search(kernel, (5, 17, 32), torch.float32, current, [other, current], device="cpu")
     assert sorted(row["current"] for row in rows) == [False, True]
     assert len(tune.candidate_configs(kernel, rows=4096)) == len(set(tune.candidate_configs(kernel, rows=4096)))

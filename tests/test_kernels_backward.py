@@ -1,5 +1,7 @@
 """Backward kernels, interpreted or compiled, against the operators in PyTorch at double precision."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from problems import (
@@ -23,11 +25,16 @@ ops = torch.ops.fusedbayes
 # Small enough that (33, 37, 44) takes several tiles along every axis, with a ragged last one.
 TILE = TileConfig(block_n=16, block_k=16)
 SINGLE_PASS = MatmulConfig(16, 16, 16)
-SAMPLE_ONCE = MatmulConfig(16, 16, 16, single_pass=False)
-SHAPES = pytest.mark.parametrize("shape", [(33, 37, 44), (1, 21, 36), (16, 16, 16), (33, 37, 41), (1, 5, 3), (3, 1, 1), (0, 5, 3)], ids=str)
+SPLIT = replace(SINGLE_PASS, splits=2)
+SAMPLE_ONCE = replace(SINGLE_PASS, single_pass=False)
+SHAPES = pytest.mark.parametrize(
+    "shape", [(33, 37, 44), (1, 21, 36), (16, 16, 16), (33, 37, 41), (1, 5, 3), (3, 1, 1), (0, 5, 3)], ids=str
+)
 
 
-@pytest.mark.parametrize("config", [SINGLE_PASS, SAMPLE_ONCE, None], ids=["single-pass", "sample-once", "selected"])
+@pytest.mark.parametrize(
+    "config", [SINGLE_PASS, SPLIT, SAMPLE_ONCE, None], ids=["single-pass", "split", "sample-once", "selected"]
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 @SHAPES
 def test_gradient_of_the_input(

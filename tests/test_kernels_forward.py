@@ -1,5 +1,6 @@
 """Forward kernels, interpreted or compiled, against the operators in PyTorch at double precision."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -24,15 +25,21 @@ ops = torch.ops.fusedbayes
 # Small enough that (33, 37, 44) takes several tiles along every axis, with a ragged last one.
 TILE = TileConfig(block_n=16, block_k=16)
 SINGLE_PASS = MatmulConfig(16, 16, 16)
-SAMPLE_ONCE = MatmulConfig(16, 16, 16, single_pass=False)
+SPLIT = replace(SINGLE_PASS, splits=2)
+UNROLLED = replace(SINGLE_PASS, unroll=2)
+SAMPLE_ONCE = replace(SINGLE_PASS, single_pass=False)
 CONFIGS = pytest.mark.parametrize(
-    "config", [SINGLE_PASS, SAMPLE_ONCE, None], ids=["single-pass", "sample-once", "selected"]
+    "config",
+    [SINGLE_PASS, SPLIT, UNROLLED, SAMPLE_ONCE, None],
+    ids=["single-pass", "split", "unrolled", "sample-once", "selected"],
 )
 
 
 @CONFIGS
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(33, 37, 44), (1, 21, 36), (16, 16, 16), (33, 37, 41), (1, 5, 3), (3, 1, 1), (0, 5, 3)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(33, 37, 44), (1, 21, 36), (16, 16, 16), (33, 37, 41), (1, 5, 3), (3, 1, 1), (0, 5, 3)], ids=str
+)
 def test_bayes_linear(
     kernel_device: str, shape: tuple[int, int, int], dtype: torch.dtype, config: MatmulConfig | None
 ) -> None:

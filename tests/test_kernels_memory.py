@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -27,11 +28,15 @@ ops = torch.ops.fusedbayes
 SHAPE = (17, 19, 24)  # M, N, K: two tiles along every axis, the second ragged
 TILE = TileConfig(block_n=16, block_k=16)
 SINGLE_PASS = MatmulConfig(16, 16, 16)
-SAMPLE_ONCE = MatmulConfig(16, 16, 16, single_pass=False)
+SPLIT = replace(SINGLE_PASS, splits=2)
+SAMPLE_ONCE = replace(SINGLE_PASS, single_pass=False)
 
-# Sample, stream, row_offset, column_offset: every column offset modulo 4, integers about 2^31, and the end.
+# Sample, stream, row_offset, column_offset: every column offset modulo 4, integers about 2^31, and the end. Products
+# are single passes where the offset is a whole number of quads.
 ADDRESSES = {
     "small": (1, 0, 3, 1),
+    "quads": (1, 0, 3, 8),
+    "quads-across-int32": (2**31, 2**31 - 1, 2**31 - 9, 2**33 - 8),
     "across-int32": (2**31, 2**31 - 1, 2**31 - 9, 2**33 - 2),
     "end": (2**32 - 1, 2**32 - 1, 2**32 - SHAPE[1], 2**34 - 1 - SHAPE[2]),
     "column-3": (None, 5, 7, 3),
@@ -46,6 +51,8 @@ class Products(NamedTuple):
     grad_x: Tensor
     grad_mu: Tensor
     grad_rho: Tensor
+    grad_bias_mu: Tensor
+    grad_bias_rho: Tensor
 
 
 class Samples(NamedTuple):
@@ -85,7 +92,7 @@ def check_all(problem: Problem, device: str) -> None:
     assert_close(actual.weight, weight, terms=1, operands=torch.float32)
     assert_kl_close(actual.kl, kl, weights=N * K)
     assert_kl_close(actual.kl_alone, kl, weights=N * K)
-    gradients = ops.bayes_linear_backward_weight(*exact.backward_weight)
+    gradients = ops.bayes_linear_backward_weight(*exact.backward_weight)[:2]
     for gradient, exact_gradient in zip((actual.grad_mu, actual.grad_rho), gradients, strict=True):
         assert_close(gradient, exact_gradient, terms=problem.x.shape[0], operands=torch.float32)
 
@@ -180,7 +187,7 @@ def test_addresses(kernel_device: str, address: tuple[int | None, int, int, int]
     check_all(problem, kernel_device)
 
 
-@pytest.mark.parametrize("config", [SINGLE_PASS, SAMPLE_ONCE], ids=["single-pass", "sample-once"])
+@pytest.mark.parametrize("config", [SINGLE_PASS, SPLIT, SAMPLE_ONCE], ids=["single-pass", "split", "sample-once"])
 def test_a_run_repeats_bit_for_bit(kernel_device: str, config: MatmulConfig) -> None:
     problem = make_problem(SHAPE).to(kernel_device)
     first, second = ((*run_products(problem, config), *run_samples(problem)) for _ in range(2))
@@ -198,7 +205,7 @@ def weights_multiplied(problem: Problem, config: MatmulConfig | None) -> tuple[T
     )
 
 
-@pytest.mark.parametrize("address", [Address(8), Address(8, 5, 3)], ids=["origin", "shard"])
+@pytest.mark.parametrize("address", [Address(8), Address(8, 5, 4), Address(8, 5, 3)], ids=["origin", "quads", "shard"])
 def test_weights_do_not_depend_on_the_configuration(kernel_device: str, address: Address) -> None:
     problem = make_problem(SHAPE, prior="none", weight_address=address).to(kernel_device)
     arguments = problem.sample_weight(torch.float32)
@@ -206,13 +213,15 @@ def test_weights_do_not_depend_on_the_configuration(kernel_device: str, address:
     sampled, *others = (kernels.sample_weight(*arguments, config=tile)[0] for tile in tiles)
     for other in others:
         assert torch.equal(sampled, other)
-    for config in (MatmulConfig(16, 16, 16), MatmulConfig(32, 16, 64), MatmulConfig(16, 32, 32), SAMPLE_ONCE, None):
+    for config in (SINGLE_PASS, SPLIT, MatmulConfig(32, 16, 64), MatmulConfig(16, 32, 16), SAMPLE_ONCE, None):
         for weight in weights_multiplied(problem, config):
             # Two kernels may or may not contract mu + sigma eps to one rounding.
             torch.testing.assert_close(weight, sampled, rtol=2.0**-22, atol=2.0**-22)
 
 
-@pytest.mark.parametrize(("rows", "columns"), [((0, 9), (0, 23)), ((9, 19), (5, 23)), ((3, 4), (1, 15))])
+@pytest.mark.parametrize(
+    ("rows", "columns"), [((0, 16), (0, 24)), ((3, 19), (4, 24)), ((9, 19), (5, 24)), ((3, 4), (1, 15))]
+)
 def test_a_shard_is_its_part_of_the_whole(kernel_device: str, rows: tuple[int, int], columns: tuple[int, int]) -> None:
     whole = make_problem(SHAPE, prior="per-weight", bias=False).to(kernel_device)
     part = slice(*rows), slice(*columns)
