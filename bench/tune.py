@@ -1,45 +1,59 @@
-"""Candidate search: the fastest configuration of each matrix kernel for named shapes, on a CUDA GPU.
+"""Candidate search: the fastest configuration of each matrix kernel for batches of many sizes, on a CUDA GPU.
 
-    python -m bench.tune --out FILE
+    python -m bench.tune --out FILE [--write]
 
 Each candidate's result is compared with the current configuration's before it is timed, since all of them draw the same
-weights. FILE gets all times; the table printed names the best and what `select_config` takes today.
+weights. FILE gets all times; what is printed names the best and what `select_config` takes today. With --write the best
+ones become the device's entries in kernels/table.py.
 """
 
 import argparse
 import dataclasses
+import inspect
 import itertools
 import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.measure import device_name, time_interleaved
+from bench.measure import device_name, environment, time_interleaved
 from fusedbayes import kernels
-from fusedbayes.kernels import MatmulConfig, select_config
+from fusedbayes.kernels import MatmulConfig, select_config, table
 
 DTYPE = torch.bfloat16
-SHAPES = [(rows, 4096, 4096) for rows in (1, 16, 64, 256, 1024, 4096)]
+WIDTH = 4096
+ROWS = (16, 32, 64, 128, 256, 512, 1024, 4096)
 KERNELS = ("forward", "backward_input", "backward_weight")
+SAMPLE_ONCE = MatmulConfig(128, 64, 64, single_pass=False)
 Launch = Callable[[MatmulConfig], tuple[Tensor, ...]]
 WITHIN_NOISE = 1.02  # a candidate has to be faster by this factor to be called better
 
 
 def candidate_configs(kernel: str, rows: int) -> list[MatmulConfig]:
-    """Tiles, warps and stages that are worth a try for a batch of `rows`."""
-    # More rows than twice the batch would be padding; in dmu/drho they are only the length of a step.
-    block_ms = (32, 64) if kernel == "backward_weight" else [m for m in (16, 32, 64, 128) if m <= max(16, 2 * rows)]
-    tiles = itertools.product(block_ms, (32, 64, 128), (32, 64), (4, 8), (2, 3, 4))
-    candidates = [MatmulConfig(m, n, k, warps, stages) for m, n, k, warps, stages in tiles if n * k <= 64 * 64]
-    if kernel != "backward_weight":
-        candidates.append(dataclasses.replace(candidates[0], single_pass=False))
-    return candidates
+    """Tiles, warps, stages and splits that are worth a try for a batch of `rows`: those that compile without spills."""
+    if kernel == "backward_weight":
+        tiles = ((128, 128, 8), (64, 128, 4), (128, 64, 4), (128, 256, 8))
+        return [
+            *(MatmulConfig(m, n, k, warps, stages) for n, k, warps in tiles for m in (32, 64) for stages in (3, 4)),
+            SAMPLE_ONCE,
+        ]
+    # More rows than the batch would be padding; more tiles of rows draw the weights again.
+    block_ms = [m for m in (rows // 2, rows) if 16 <= m <= 256] or [256]
+    tiles = ((64, 64, 4, 1), (64, 32, 4, 2), (128, 32, 8, 1), (64, 128, 4, 1))
+    candidates = [
+        MatmulConfig(m, n, k, warps, stages, unroll, splits)
+        for m in block_ms
+        for n, k, warps, unroll in tiles
+        for stages, splits in itertools.product((2, 3), (2, 4))
+        if m * n <= 256 * 64
+    ]
+    return [*candidates, SAMPLE_ONCE]
 
 
 def launcher(kernel: str, shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> Launch:
@@ -95,30 +109,92 @@ def search(
     return sorted(rows, key=lambda row: row["median_s"])
 
 
+def best_batches(results: Iterable[tuple[int, MatmulConfig]]) -> dict[int, MatmulConfig]:
+    """The table's entry of (rows, best configuration) pairs: up to the batch where sampling once has overtaken.
+
+    Where it never has, the last holds for any batch. Neighbours with one configuration become one row; splits are left
+    to `select_config`, which knows the layer.
+    """
+    batches: dict[int, MatmulConfig] = {}
+    for rows, config in sorted(results):
+        if not config.single_pass:
+            return batches
+        config = dataclasses.replace(config, splits=1)
+        if batches and batches[last := max(batches)] == config:
+            del batches[last]
+        batches[rows] = config
+    batches[table.ANY] = batches.pop(max(batches))
+    return batches
+
+
+def render(measured: Mapping[Any, str], entries: Mapping[Any, Mapping[int, MatmulConfig]]) -> str:
+    """The text of kernels/table.py with these entries."""
+    source = inspect.getsource(table)
+    lines = [source[: source.index("MEASURED: dict")].rstrip(), ""]
+    lines += _assignment(
+        "MEASURED: dict[tuple[Kernel, str, int], str]", [f"{_key(k)}: {v!r}" for k, v in measured.items()]
+    )
+    blocks = []
+    for key, batches in entries.items():
+        rows = [f"        {'ANY' if r == table.ANY else r}: {_value(config)}," for r, config in batches.items()]
+        blocks.append("\n".join([f"{_key(key)}: {{", *rows, "    }"]))
+    lines += ["", *_assignment("TABLE: dict[tuple[Kernel, str, int], dict[int, MatmulConfig]]", blocks)]
+    return "\n".join(lines).replace("'", '"') + "\n"
+
+
+def _assignment(name: str, items: list[str]) -> list[str]:
+    return [f"{name} = {{", *(f"    {item}," for item in items), "}"] if items else [f"{name} = {{}}"]
+
+
+def _key(key: tuple[str, str, int]) -> str:
+    kernel, arithmetic, capability = key
+    return f'("{kernel}", "{arithmetic}", {capability})'
+
+
+def _value(config: MatmulConfig) -> str:
+    blocks = ", ".join(str(block) for block in (config.block_m, config.block_n, config.block_k))
+    fields = [f for f in dataclasses.fields(config) if f.default is not dataclasses.MISSING]
+    others = [f", {f.name}={getattr(config, f.name)}" for f in fields if getattr(config, f.name) != f.default]
+    return f"MatmulConfig({blocks}{''.join(others)})"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no shape later than this")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no batch later than this")
+    parser.add_argument("--write", action="store_true", help="rewrite kernels/table.py, of kernels that were finished")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("the candidate search needs a CUDA GPU")
+    capability = torch.cuda.get_device_capability()
     results: list[dict[str, Any]] = []
+    best: dict[str, list[tuple[int, MatmulConfig]]] = {kernel: [] for kernel in KERNELS}
     end = time.monotonic() + arguments.seconds
-    # By shape: when time runs out, the shapes that were reached have all their kernels.
-    for shape, kernel in itertools.product(SHAPES, KERNELS):
+    for rows, kernel in itertools.product(ROWS, KERNELS):
         if time.monotonic() > end:
-            print(f"out of time before {kernel} {shape}")
+            print(f"out of time before {kernel} with {rows} rows")
             break
-        current = select_config(kernel, shape, DTYPE, torch.cuda.get_device_capability())
-        rows = search(kernel, shape, DTYPE, current, candidate_configs(kernel, shape[0]))
+        shape = (rows, WIDTH, WIDTH)
+        current = select_config(kernel, shape, DTYPE, capability)
+        found = search(kernel, shape, DTYPE, current, candidate_configs(kernel, rows))
         problem = {"device": device_name("cuda"), "kernel": kernel, "shape": shape, "dtype": str(DTYPE)}
-        results.append(problem | {"candidates": rows})
-        # Written after each shape: an interruption loses one of them.
+        results.append(problem | {"candidates": found})
+        # Written after each search: an interruption loses one of them.
         arguments.out.write_text(json.dumps(results, indent=1) + "\n")
-        now, best = next(row for row in rows if row["current"]), rows[0]
-        gain = now["median_s"] / best["median_s"]
-        verdict = f"{gain:.2f} times faster: {best['config']}" if gain > WITHIN_NOISE else "the current one is best"
+        now = next(row for row in found if row["current"])
+        gain = now["median_s"] / found[0]["median_s"]
+        best[kernel].append((rows, MatmulConfig(**(found[0] if gain > WITHIN_NOISE else now)["config"])))
+        verdict = f"{gain:.2f} times faster: {found[0]['config']}" if gain > WITHIN_NOISE else "the current one is best"
         print(f"{kernel} {shape} {DTYPE}: {now['median_s'] * 1e6:.1f} us now, {verdict}", flush=True)
+    if arguments.write:
+        versions = environment("cuda")
+        measured, entries = dict(table.MEASURED), {key: dict(batches) for key, batches in table.TABLE.items()}
+        for kernel, batches in best.items():
+            if len(batches) == len(ROWS):
+                key = (kernel, "16-bit", 10 * capability[0] + capability[1])
+                measured[key] = "{device}, {date}, triton {triton}".format(**versions)
+                entries[key] = best_batches(batches)
+        Path(inspect.getfile(table)).write_text(render(measured, entries))
 
 
 if __name__ == "__main__":

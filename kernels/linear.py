@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedbayes.kernels.bias import sample_bias
-from fusedbayes.kernels.config import MatmulConfig, fits, select_config
+from fusedbayes.kernels.config import MatmulConfig, fits
 from fusedbayes.kernels.gaussian import kl_from_sums, kl_terms, sigma_from_rho
 from fusedbayes.kernels.launch import (
     NOT_SPECIALIZED,
@@ -22,6 +22,7 @@ from fusedbayes.kernels.launch import (
 )
 from fusedbayes.kernels.noise import load_key, normal_tile
 from fusedbayes.kernels.sample import sample_layer
+from fusedbayes.kernels.select import select_config
 from fusedbayes.kernels.sums import (
     arrival_counter,
     partial_results,

@@ -6,12 +6,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusedbayes.kernels.config import MatmulConfig, fits, select_config
+from fusedbayes.kernels.config import MatmulConfig, fits
 from fusedbayes.kernels.gaussian import sigma_from_rho
 from fusedbayes.kernels.launch import NOT_SPECIALIZED, allow_tf32, capability, dot_options
 from fusedbayes.kernels.linear import whole_quads
 from fusedbayes.kernels.noise import load_key, normal_tile
 from fusedbayes.kernels.sample import sample_weight
+from fusedbayes.kernels.select import select_config
 from fusedbayes.kernels.sums import partial_results, reduce
 
 

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedbayes.kernels.bias import store_bias_gradients
-from fusedbayes.kernels.config import MatmulConfig, fits, select_config
+from fusedbayes.kernels.config import MatmulConfig, fits
 from fusedbayes.kernels.gaussian import gaussian_gradients
 from fusedbayes.kernels.launch import (
     NOT_SPECIALIZED,
@@ -23,6 +23,7 @@ from fusedbayes.kernels.launch import (
 from fusedbayes.kernels.linear import whole_quads
 from fusedbayes.kernels.noise import load_key, normal_tile
 from fusedbayes.kernels.sample_backward import sample_layer_backward
+from fusedbayes.kernels.select import select_config
 
 
 @triton.jit

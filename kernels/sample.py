@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedbayes.kernels.bias import sample_bias
-from fusedbayes.kernels.config import TileConfig, select_tile_config
+from fusedbayes.kernels.config import TileConfig
 from fusedbayes.kernels.gaussian import kl_from_sums, kl_terms, sigma_from_rho
 from fusedbayes.kernels.launch import (
     NOT_SPECIALIZED,
@@ -25,6 +25,7 @@ from fusedbayes.kernels.launch import (
 )
 from fusedbayes.kernels.noise import load_key
 from fusedbayes.kernels.quads import load_quads, normal_quads, quad_columns, store_quads
+from fusedbayes.kernels.select import select_tile_config
 from fusedbayes.kernels.sums import arrival_counter, sum_in_order
 
 BIAS_BLOCK = 64  # outputs of a program that draws or differentiates the bias

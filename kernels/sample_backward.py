@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedbayes.kernels.bias import store_bias_gradients
-from fusedbayes.kernels.config import TileConfig, select_tile_config
+from fusedbayes.kernels.config import TileConfig
 from fusedbayes.kernels.gaussian import gaussian_gradients
 from fusedbayes.kernels.launch import (
     NOT_SPECIALIZED,
@@ -21,6 +21,7 @@ from fusedbayes.kernels.launch import (
 from fusedbayes.kernels.noise import load_key
 from fusedbayes.kernels.quads import load_quads, normal_quads, quad_columns, store_quads
 from fusedbayes.kernels.sample import NO_BIAS, constants, programs_of, row_tile
+from fusedbayes.kernels.select import select_tile_config
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)

@@ -1,5 +1,7 @@
 """The benchmark's own rules: no number for a wrong answer, the work counted right, slowdowns found."""
 
+import dataclasses
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from bench import compare, implementations, measure, report, tune
 from bench.cases import Case, mlp, square
 from bench.models import Model
-from fusedbayes.kernels import MatmulConfig
+from fusedbayes.kernels import MatmulConfig, table
 
 CASE = Case("forward+backward", square(64), rows=40)
 
@@ -138,3 +140,11 @@ def test_candidate_search(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = tune.search(kernel, (5, 17, 32), torch.float32, current, [other, current], device="cpu")
     assert sorted(row["current"] for row in rows) == [False, True]
     assert len(tune.candidate_configs(kernel, rows=4096)) == len(set(tune.candidate_configs(kernel, rows=4096)))
+
+
+def test_the_search_writes_the_table_of_configurations() -> None:
+    assert tune.render(table.MEASURED, table.TABLE) == Path(inspect.getfile(table)).read_text()
+    one, other = MatmulConfig(16, 64, 64), MatmulConfig(64, 64, 64)
+    found = [(16, one), (32, dataclasses.replace(one, splits=4)), (64, other), (128, tune.SAMPLE_ONCE), (256, other)]
+    assert tune.best_batches(found) == {32: one, 64: other}
+    assert tune.best_batches(found[:3]) == {32: one, table.ANY: other}

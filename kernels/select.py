@@ -1,0 +1,89 @@
+"""Which configuration a launch takes: a pure function of the problem and of the device's compute capability."""
+
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+import triton
+
+from fusedbayes.kernels.config import Kernel, MatmulConfig, TileConfig, fits
+from fusedbayes.kernels.table import TABLE
+
+Value = TypeVar("Value")
+
+SAMPLE_ONCE = MatmulConfig(128, 64, 64, single_pass=False)
+_MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
+
+
+def select_tile_config(shape: tuple[int, ...]) -> TileConfig:
+    """The tile for an elementwise pass over parameters of `shape` (N, K)."""
+    rows, columns = shape
+    # One warp and 16 columns for each of its threads: fewest instructions per weight, and no shared memory for sums.
+    block_k = min(512, max(16, _power_of_two(columns)))
+    # Long columns share more of Philox, but some 2000 programs are what a device holds at once.
+    shared = rows * triton.cdiv(columns, block_k) // 2000
+    return TileConfig(block_n=min(32, max(1, _power_of_two(shared + 1) // 2)), block_k=block_k)
+
+
+@functools.lru_cache(maxsize=1024)  # asked at every launch
+def select_config(
+    kernel: Kernel,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    allow_tf32: bool = False,
+) -> MatmulConfig:
+    """The configuration of a matrix kernel.
+
+    Args:
+        kernel: which one.
+        shape: (M, N, K), the batch rows, out_features and in_features.
+        dtype: of x, hence of the product's operands.
+        capability: of the device, such as (9, 0).
+        allow_tf32: whether products of fp32 may round their operands.
+    """
+    M, N, K = shape
+    arithmetic = "16-bit" if dtype.itemsize == 2 else "tf32" if allow_tf32 else "ieee"
+    architecture = 10 * capability[0] + capability[1]
+    batches = _latest(
+        {known: rows for (*which, known), rows in TABLE.items() if which == [kernel, arithmetic]}, architecture
+    )
+    config = next((config for rows, config in batches.items() if rows >= M), SAMPLE_ONCE)
+    multiprocessors = _latest(_MULTIPROCESSORS, architecture)
+    if (
+        kernel == "backward_weight"
+        and triton.cdiv(N, config.block_n) * triton.cdiv(K, config.block_k) < multiprocessors
+    ):
+        # Half the tile for half the threads: more programs for a small layer.
+        config = replace(config, block_n=config.block_n // 2, num_warps=config.num_warps // 2)
+    if not config.single_pass or not fits(kernel, config, shape):
+        return SAMPLE_ONCE
+    return replace(config, splits=_splits(kernel, config, shape, multiprocessors))
+
+
+def _splits(kernel: Kernel, config: MatmulConfig, shape: tuple[int, int, int], multiprocessors: int) -> int:
+    """Parts of the sum over inputs (forward) or outputs (dX), so that enough programs share the device.
+
+    Two programs per multiprocessor hide each other's waits; a part has four tiles or more, for the pipeline.
+    """
+    M, N, K = shape
+    if kernel == "backward_weight":
+        return 1
+    result, terms = (
+        (N / config.block_n, K / config.block_k) if kernel == "forward" else (K / config.block_k, N / config.block_n)
+    )
+    programs = math.ceil(result) * triton.cdiv(M, config.block_m)
+    return max(1, min(2 * multiprocessors // programs, math.ceil(terms) // 4))
+
+
+def _power_of_two(number: int) -> int:
+    """The smallest power of two that is not below `number`."""
+    return 1 << max(number - 1, 0).bit_length()
+
+
+def _latest(table: Mapping[int, Value], architecture: int) -> Value:
+    """The entry of the newest architecture that is not newer than `architecture`, or of the oldest."""
+    return table[max((known for known in table if known <= architecture), default=min(table))]

@@ -1,0 +1,63 @@
+"""How many launches a layer costs: Triton's kernels, and the library's operations between them."""
+
+from typing import Any
+
+import pytest
+import torch
+from problems import make_problem
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.interpreter import GridExecutor
+
+from fusedbayes import kernels
+from fusedbayes.kernels import MatmulConfig
+from fusedbayes.noise import draw_seed
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts the interpreter's launches")
+
+# What computes nothing: allocation, another view of the same memory, and the poison that the tests fill it with.
+FREE = {"new_empty", "empty", "t", "transpose", "view", "detach", "fill_"}
+SINGLE_PASS = MatmulConfig(16, 16, 16)
+CONFIGS = {
+    "single-pass": SINGLE_PASS,
+    "split": MatmulConfig(16, 16, 16, splits=2),
+    "sample-once": MatmulConfig(16, 16, 16, single_pass=False),
+}
+
+
+class Launches(TorchDispatchMode):
+    """Names of what would be launched on a GPU."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        call = GridExecutor.__call__
+
+        def launch(executor: Any, *args: Any, **kwargs: Any) -> None:
+            self.names.append(executor.fn.__name__)
+            length = len(self.names)
+            call(executor, *args, **kwargs)
+            del self.names[length:]  # the interpreter's own copies
+
+        monkeypatch.setattr(GridExecutor, "__call__", launch)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if func.namespace == "aten" and name not in FREE:
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_a_layers_forward_is_three_launches_and_its_backward_four(
+    config: MatmulConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = make_problem((17, 32, 36))
+    kernels.bayes_linear(*problem.forward, config=config)  # the arrival counter is there from now on
+    with Launches(monkeypatch) as forward:
+        problem = problem._replace(seed=draw_seed(problem.x.device))
+        kernels.bayes_linear(*problem.forward, config=config)
+    assert len(forward.names) <= 3, forward.names
+    with Launches(monkeypatch) as backward:
+        kernels.bayes_linear_backward_input(*problem.backward_input, config=config)
+        kernels.bayes_linear_backward_weight(*problem.backward_weight, config=config)
+    assert len(backward.names) <= 4, backward.names
