@@ -75,8 +75,8 @@ def test_gradients_of_16_bit_parameters(kernel_device: str, dtype: torch.dtype) 
 )
 @pytest.mark.parametrize("config", [TILE, None], ids=["small-tiles", "selected"])
 def test_gradients_of_sample_weight(kernel_device: str, config: TileConfig | None, prior: str, used: str) -> None:
-    problem = make_problem((1, 19, 37), prior=prior)
-    grad_weight = None if used == "kl" else torch.randn(19, 37)
+    problem = make_problem((1, 17, 21), prior=prior)
+    grad_weight = None if used == "kl" else torch.randn(17, 21)
     grad_kl = None if used == "weight" else problem.grad_kl
     check_sample_gradients(problem, grad_weight, grad_kl, config, kernel_device)
 
@@ -86,8 +86,8 @@ def test_gradients_of_sample_weight(kernel_device: str, config: TileConfig | Non
 def test_dtypes_of_the_gradients_of_sample_weight(
     kernel_device: str, dtype: torch.dtype, parameter_dtype: torch.dtype
 ) -> None:
-    problem = make_problem((1, 19, 37), parameter_dtype=parameter_dtype)
-    check_sample_gradients(problem, torch.randn(19, 37, dtype=dtype), problem.grad_kl, TILE, kernel_device)
+    problem = make_problem((1, 17, 21), parameter_dtype=parameter_dtype)
+    check_sample_gradients(problem, torch.randn(17, 21, dtype=dtype), problem.grad_kl, TILE, kernel_device)
 
 
 def check_sample_gradients(

@@ -72,3 +72,23 @@ def test_configurations_are_values(config: MatmulConfig | TileConfig) -> None:
     assert len({config, pickle.loads(pickle.dumps(config))}) == 1
     with pytest.raises(AttributeError):
         config.num_warps = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("kernel", ["forward", "backward_input"])
+def test_a_split_sum_fills_the_device(kernel: Any) -> None:
+    for N, K in ((1024, 1024), (4096, 4096), (512, 16384), (16384, 512)):
+        config = select_config(kernel, (64, N, K), torch.bfloat16, (9, 0))
+        result, terms = (N // config.block_n, K // config.block_k)
+        if kernel == "backward_input":
+            result, terms = K // config.block_k, N // config.block_n
+        programs = result * config.splits
+        # One to two programs for each of 132 multiprocessors, unless a split would have fewer than four tiles to add.
+        assert programs <= 2 * 132 or config.splits == 1
+        assert programs > 132 or terms // config.splits in range(4, 8)
+
+
+def test_ragged_columns_are_sampled_once() -> None:
+    """A quad of columns is one Philox call and one load: what has no whole quads goes through the sampling pass."""
+    assert select_config("forward", (64, 4096, 4096), torch.bfloat16, (9, 0)).single_pass
+    assert select_config("forward", (64, 4095, 4092), torch.bfloat16, (9, 0)).single_pass
+    assert not select_config("forward", (64, 4096, 4095), torch.bfloat16, (9, 0)).single_pass
