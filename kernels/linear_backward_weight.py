@@ -177,16 +177,16 @@ def _linear_backward_weight_kernel(
         )
     if grad_bias_mu_ptr is not None:
         if tile_k == 0:
-            grad_bias = tl.zeros((BLOCK_N,), tl.float32)
+            grad_bias = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
             for tile_m in range(tl.cdiv(M, BLOCK_M)):
                 first = tl.cast(tile_m * BLOCK_M, tl.int64)
                 in_batch = (first + batch < M)[None, :]
                 grad_y = tl.load(grad_y_ptr + first * stride_gm + grad_y_offsets, mask=in_batch, other=0.0)
-                grad_bias += tl.sum(grad_y.to(tl.float32), axis=1)
+                grad_bias += grad_y.to(tl.float32)
             store_bias_gradients(
                 grad_bias_mu_ptr,
                 grad_bias_rho_ptr,
-                grad_bias,
+                tl.sum(grad_bias, axis=1),
                 grad_kl_ptr,
                 bias_mu_ptr,
                 bias_rho_ptr,

@@ -1,0 +1,85 @@
+"""What the compiled kernels may cost. It can be checked without a GPU, and it is what keeps them fast on one."""
+
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+
+from bench.facts import Facts
+
+# Instructions per weight, loads and loop included: for a prior of one mean and deviation, fp32 parameters and products
+# on tensor cores.
+INSTRUCTIONS: Mapping[str, float] = MappingProxyType(
+    {
+        "_sample_weight_kernel": 34.0,  # the sampling pass
+        "_sample_weight_backward_kernel": 50.0,  # dmu and drho, given dL/dW
+        "_linear_forward_kernel": 38.0,  # main loop of the single-pass product
+        "_linear_backward_input_kernel": 38.0,
+        "_linear_backward_weight_kernel": 50.0,  # dmu and drho in the product's epilogue
+    }
+)
+FURTHER_SAMPLE = 22.0  # instructions per weight of each Monte Carlo sample beyond the first
+SPECIAL = 4.5  # results of the special-function unit per weight
+LEAST_SPECIAL = 2.0  # a logarithm, a root, a sine and a cosine make two normals; with fewer something is missing
+SHARED_MEMORY = MappingProxyType({80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024})  # bytes that a program may have
+TENSOR_CORES = MappingProxyType({80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"})
+# Without tensor cores the product itself takes tens of instructions per weight; loads of single columns, priors that
+# are loaded and parameters that are converted take some more; a program of a single row, which only layers too small to
+# fill a device have, has no loop that makes up for its beginning and end. These must not spill, and that is all.
+WITHOUT_BUDGET = ("ieee", "no whole quads", "prior per weight", "bf16 parameters", "fp16 parameters", "single rows")
+
+
+def violations(facts: Iterable[Facts], kernels: Iterable[str] = ()) -> list[str]:
+    """Sentences about what is wrong; none if all is well.
+
+    Args:
+        facts: of all variants.
+        kernels: which have to be among them, for every target.
+    """
+    facts = list(facts)
+    covered = {(f.variant.kernel, f.variant.capability) for f in facts}
+    found = [
+        f"{kernel} was not compiled for sm_{capability}"
+        for kernel in sorted(kernels)
+        for capability in SHARED_MEMORY
+        if (kernel, capability) not in covered
+    ]
+    return found + [f"{f.variant}: {sentence}" for f in facts for sentence in _sentences(f)]
+
+
+def _sentences(facts: Facts) -> list[str]:
+    return [f"does not compile: {facts.error}"] if facts.error else _resources(facts) + _costs(facts)
+
+
+def _resources(facts: Facts) -> list[str]:
+    variant = facts.variant
+    found = []
+    if facts.spills or facts.stack:
+        found.append(f"spills: {facts.spills} instructions, {facts.stack} bytes of stack; the budget is 0")
+    limit = SHARED_MEMORY[variant.capability]
+    if facts.shared > limit:
+        found.append(f"{facts.shared} bytes of shared memory; the target has {limit}")
+    expected = TENSOR_CORES[variant.capability]
+    if facts.multiplies and variant.operands != "ieee" and facts.tensor_cores != expected:
+        found.append(
+            f"{facts.tensor_cores or 'no tensor-core instruction'} in the product's loop instead of {expected}"
+        )
+    return found
+
+
+def _costs(facts: Facts) -> list[str]:
+    if not facts.draws:
+        return []
+    variant = facts.variant
+    if facts.instructions is None or facts.special is None:
+        return ["no sine where weights should be drawn: empty or slow code"]
+    if facts.special < LEAST_SPECIAL:
+        return [f"{facts.special:.2f} special functions per weight; the noise alone takes {LEAST_SPECIAL:g}"]
+    if variant.kernel not in INSTRUCTIONS:
+        return ["draws weights and has no budget"]
+    if not {variant.operands, *variant.traits}.isdisjoint(WITHOUT_BUDGET):
+        return []
+    costs = (
+        ("instructions per weight", facts.instructions, INSTRUCTIONS[variant.kernel]),
+        ("instructions per weight of each further sample", facts.further_sample, FURTHER_SAMPLE),
+        ("special functions per weight", facts.special, SPECIAL),
+    )
+    return [f"{value:.2f} {what}; the budget is {budget:g}" for what, value, budget in costs if (value or 0) > budget]

@@ -1,0 +1,196 @@
+"""What the compiled code of a launch says about its speed: resources, tensor cores, instructions per weight."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from bench import sass
+from bench.launches import KernelLaunch
+
+TILE = {"BLOCK_M": "M", "BLOCK_N": "N", "BLOCK_K": "K"}
+# Its noise is drawn after the loop with the product, in that of every other matrix kernel.
+EPILOGUE = "_linear_backward_weight_kernel"
+
+
+class Variant(NamedTuple):
+    """One version of a kernel.
+
+    Attributes:
+        capability: of the target, such as 90.
+        operands: "bf16", "fp16", "tf32" or "ieee", which is fp32 without tensor cores; of a kernel without a product
+            the dtype of the weights.
+        tile: sizes of the tile, warps, stages.
+        traits: what else changes the code.
+    """
+
+    kernel: str
+    capability: int
+    operands: str
+    tile: str
+    traits: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.kernel} on sm_{self.capability} ({', '.join((self.operands, self.tile, *self.traits))})"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Of one compiled variant.
+
+    Attributes:
+        error: why it did not compile; then there is nothing else.
+        draws: whether it needs noise.
+        multiplies: whether it has a matrix product.
+        threads: of a program.
+        registers: of a thread. spills: instructions that move registers to local memory and back; stack: bytes of it.
+        shared: bytes of shared memory of a program.
+        tensor_cores: the instruction of the loop with the product, if there is one.
+        weights: that a program draws in one iteration of its main loop, or in its epilogue.
+        instructions, special: instructions and results of the special-function unit for each of them. None if it draws
+            nothing.
+        further_sample: instructions per weight of each Monte Carlo sample beyond the first, if a loop draws those.
+        product_loop: instructions that a thread has for one step of the product, where that is a loop of its own.
+        ahead: steps that are loaded ahead, while earlier ones are worked on. 0 if loads stop the thread.
+    """
+
+    variant: Variant
+    error: str = ""
+    draws: bool = False
+    multiplies: bool = False
+    threads: int = 0
+    registers: int = 0
+    stack: int = 0
+    spills: int = 0
+    shared: int = 0
+    tensor_cores: str = ""
+    weights: int = 0
+    instructions: float | None = None
+    special: float | None = None
+    further_sample: float | None = None
+    product_loop: int = 0
+    ahead: int = 0
+
+
+def variant(launch: KernelLaunch) -> Variant:
+    """Which version of its kernel a launch needs."""
+    constants, arguments = launch.constants, launch.arguments
+    if "DOT_DTYPE" in constants:
+        name = str(constants["DOT_DTYPE"])
+        operands = constants["INPUT_PRECISION"] if name == "fp32" else name
+    else:
+        sampled = (arguments.get(name) for name in ("weight_ptr", "grad_weight_ptr", "out_ptr"))
+        operands = next((_dtype(tensor) for tensor in sampled if tensor is not None), "fp32")
+    tile = " x ".join(f"{constants[name]} {letter}" for name, letter in TILE.items() if name in constants)
+    if constants.get("UNROLL", 1) > 1:
+        tile += f", unrolled {constants['UNROLL']} times"
+    tile += "".join(
+        f", {launch.options[name]} {name[4:]}" for name in ("num_warps", "num_stages") if name in launch.options
+    )
+    with_kl = any(arguments.get(name) is not None for name in ("kl_ptr", "grad_kl_ptr"))
+    parameters = _dtype(arguments["mu_ptr"]) if "mu_ptr" in arguments else "fp32"
+    flags = {
+        "KL": with_kl,
+        "one batch row": arguments.get("M") == 1,
+        "KL only": with_kl and not launch.draws,
+        "sizes that tiles do not divide": not all(v for k, v in constants.items() if k.startswith("EVEN")),
+        "single rows": constants.get("BLOCK_N") == 1,
+        "no whole quads": not all(v for k, v in constants.items() if k.endswith("QUADS")),
+        "prior per weight": with_kl and not all(constants.get(f"PRIOR_{n}_SCALAR", True) for n in ("MU", "SIGMA")),
+        f"{parameters} parameters": parameters != "fp32",
+    }
+    return Variant(launch.name, launch.capability, operands, tile, tuple(name for name, true in flags.items() if true))
+
+
+def _dtype(tensor: Any) -> str:
+    return {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[str(tensor.dtype).removeprefix("torch.")]
+
+
+def measure(launches: Sequence[KernelLaunch]) -> list[Facts]:
+    """Compiles and disassembles the kernels of launches for one target."""
+    compiled, failed = [], []
+    for launch in launches:
+        try:
+            compiled.append((launch, launch.compile()))
+        except Exception as error:  # whatever Triton raises: it is a finding like others
+            failed.append(Facts(variant(launch), error=f"{type(error).__name__}: {error}"))
+    codes = sass.disassemble([kernel for _, kernel in compiled]) if compiled else []
+    return failed + [_facts(*pair, code) for pair, code in zip(compiled, codes, strict=True)]
+
+
+def _facts(launch: KernelLaunch, kernel: Any, code: sass.Code) -> Facts:
+    usage, flow = sass.resources(kernel), sass.Flow(code)
+    loops = [flow.code(blocks) for blocks in flow.loops.values()]
+    # A sum of one step has no loop.
+    product = next((loop for loop in (*loops, code) if sass.has(loop, sass.TENSOR_CORES)), [])
+    facts = Facts(
+        variant=variant(launch),
+        draws=launch.draws,
+        multiplies="DOT_DTYPE" in launch.constants,
+        threads=32 * kernel.metadata.num_warps,
+        registers=usage.registers,
+        stack=usage.stack,
+        spills=sum(instruction.name in sass.LOCAL_MEMORY for instruction in code),
+        shared=usage.shared,
+        tensor_cores=next((i.name for i in product if i.name in sass.TENSOR_CORES), ""),
+    )
+    return replace(facts, **_costs(launch, facts, flow)) if launch.draws else facts
+
+
+def _costs(launch: KernelLaunch, facts: Facts, flow: sass.Flow) -> dict[str, Any]:
+    """The facts that say what a weight costs."""
+    tile = launch.constants["BLOCK_N"] * launch.constants["BLOCK_K"]
+    costs: dict[str, Any] = {}
+    if launch.name == EPILOGUE:
+        loop = _product_loop(flow)
+        counts = _straight(flow, flow.after(loop) if loop else {0}, tile // facts.threads)
+        costs["product_loop"] = sass.count(flow.code(loop)).instructions
+    else:
+        loop, further = _main_loop(flow, facts.tensor_cores != "")
+        counts = sass.count(flow.code(loop)) if loop else _straight(flow, {0}, tile // facts.threads)
+        if further.normals:
+            costs["further_sample"] = further.instructions / further.normals
+    if sass.has(flow.code(loop), sass.ASYNCHRONOUS_LOADS):
+        costs["ahead"] = max(1, launch.options.get("num_stages", 1) - 1)
+    if counts.normals:
+        # Four weights are one call of Philox: where there are more threads than calls, several draw the same.
+        copies = max(1, 4 * facts.threads // tile) if facts.multiplies else 1
+        costs["weights"] = counts.normals * facts.threads // copies
+        costs["instructions"] = copies * counts.instructions / counts.normals
+        costs["special"] = copies * counts.special / counts.normals
+    return costs
+
+
+def _product_loop(flow: sass.Flow) -> set[int]:
+    """The loop that draws nothing and multiplies on tensor cores, or else the longest one; empty without a loop."""
+    quiet = [blocks for blocks in flow.loops.values() if sass.count(flow.code(blocks)).normals == 0]
+    return max(quiet, key=lambda blocks: (_multiplies(flow, blocks), len(flow.code(blocks))), default=set())
+
+
+def _main_loop(flow: sass.Flow, with_product: bool) -> tuple[set[int], sass.Counts]:
+    """The loop that loads and draws weights, and what a loop within it does that draws without loading.
+
+    Of loops that differ by a mask the shorter one, which has none.
+    """
+    drawing = [blocks for blocks in flow.loops.values() if sass.count(flow.code(blocks)).normals > 0]
+    loading = [blocks for blocks in drawing if sass.has(flow.code(blocks), sass.GLOBAL_LOADS)]
+    if with_product:
+        loading = [blocks for blocks in loading if _multiplies(flow, blocks)]
+    innermost = [blocks for blocks in loading if not any(other < blocks for other in loading)]
+
+    def rank(blocks: set[int]) -> tuple[int, int]:
+        counts = sass.count(flow.code(blocks))
+        return counts.normals, -counts.instructions
+
+    main = max(innermost, key=rank, default=set())
+    further = max((blocks for blocks in drawing if blocks < main), key=rank, default=set())
+    return main, sass.count(flow.code(further))
+
+
+def _multiplies(flow: sass.Flow, blocks: set[int]) -> bool:
+    return sass.has(flow.code(blocks), sass.TENSOR_CORES)
+
+
+def _straight(flow: sass.Flow, begin: set[int], weights: int) -> sass.Counts:
+    """What a thread does from there on for its `weights`: the shortest way that draws so many, or the most below."""
+    paths = flow.paths(begin)
+    return paths[max((normals for normals in paths if normals <= weights), default=min(paths))]

@@ -1,0 +1,186 @@
+"""What a GPU would be asked to run, found out and compiled without one.
+
+Tensors without data go through the operators; each launch of a Triton kernel and each operation of PyTorch's that
+follows is recorded, and a kernel's launch can be compiled. Needs a process in which Triton does not interpret.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction, MockTensor
+
+from fusedbayes import kernels
+
+ALLOCATIONS = ("empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided")
+PRODUCTS = ("mm", "addmm", "matmul")
+
+
+class OnGpu(torch.Tensor):
+    """A tensor without data that says it is on a GPU."""
+
+    is_cuda = True
+
+
+def on_gpu(*shape: int, dtype: torch.dtype = torch.float32) -> OnGpu:
+    return torch.empty(shape, dtype=dtype, device="meta").as_subclass(OnGpu)
+
+
+class Devices:
+    """Stands in for Triton's driver: one device per target, numbered by its compute capability."""
+
+    current = 0
+
+    def get_current_device(self) -> int:
+        return self.current
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.current, 32)
+
+
+_devices = Devices()
+_compile_and_run = JITFunction.run
+
+
+class KernelLaunch(NamedTuple):
+    """A Triton kernel, and how it was called.
+
+    Attributes:
+        arguments: by name, constants included.
+        options: num_warps and the like.
+        key: equal for launches that share their machine code.
+    """
+
+    capability: int
+    function: Any
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+    grid: tuple[int, ...]
+    key: tuple[Any, ...]
+
+    @property
+    def name(self) -> str:
+        return self.function.__name__
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """What it was compiled with: sizes of tiles and the like."""
+        return {
+            parameter.name: self.arguments[parameter.name]
+            for parameter in self.function.params
+            if parameter.is_constexpr
+        }
+
+    @property
+    def programs(self) -> int:
+        return torch.Size(self.grid).numel()
+
+    @property
+    def draws(self) -> bool:
+        """Whether it needs noise, and not only the KL."""
+        return self.arguments.get("seed_ptr") is not None
+
+    @property
+    def bytes(self) -> int:
+        """Of all its tensors, each read or written once."""
+        return sum(_size(value) for value in self.arguments.values())
+
+    def compile(self) -> Any:
+        """Triton's compiled kernel, for the launch's target."""
+        arguments = map(_mocked, map(self.arguments.__getitem__, self.function.arg_names))
+        with _target(self.capability):
+            return _compile_and_run(self.function, *arguments, grid=self.grid, warmup=True, **self.options)
+
+
+class Operation(NamedTuple):
+    """One of PyTorch's own operations: its name, the bytes it reads and writes, and its floating-point operations."""
+
+    name: str
+    bytes: int
+    flop: int
+
+
+@contextlib.contextmanager
+def _target(capability: int) -> Iterator[None]:
+    """Makes Triton's driver one whose current device has this compute capability."""
+    triton.runtime.driver.set_active(_devices)
+    before, _devices.current = _devices.current, capability
+    try:
+        yield
+    finally:
+        _devices.current = before
+
+
+class _Recorder(TorchDispatchMode):
+    """Runs our operators by their launchers, and notes every other operation that launches something."""
+
+    def __init__(self, capability: int) -> None:
+        super().__init__()
+        self.capability = capability
+        self.launches: list[KernelLaunch | Operation] = []
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if operator.namespace == "fusedbayes":
+            arguments = (a.as_subclass(OnGpu) if isinstance(a, Tensor) else a for a in args)
+            with self:
+                return getattr(kernels, operator._schema.name.split("::")[1])(*arguments)
+        result = operator(*args, **(kwargs or {}))
+        name = operator._schema.name.split("::")[1]
+        tensors = [value for value in tree_leaves((args, kwargs, result)) if isinstance(value, Tensor)]
+        if tensors and name not in ALLOCATIONS and not operator.is_view:
+            flop = 2 * tensors[-3].numel() * tensors[-2].shape[-1] if name in PRODUCTS else 0
+            moved = sum(map(_size, tensors))
+            self.launches.append(Operation(name, moved, flop))
+        return result
+
+    def launch(self, function: Any, *arguments: Any, grid: tuple[int, ...], warmup: bool, **options: Any) -> None:
+        """Stands in for `JITFunction.run`."""
+        *_, bind = function.device_caches[self.capability]
+        settings = {"debug": False, "instrumentation_mode": ""}
+        bound, specialization, compile_options = bind(*map(_mocked, arguments), **options, **settings)
+        key = (self.capability, function.__name__, str(specialization), str(compile_options))
+        named = bound | dict(zip(function.arg_names, arguments, strict=False))
+        rest = {name: value for name, value in options.items() if name not in named}
+        self.launches.append(KernelLaunch(self.capability, function, named, rest, grid, key))
+
+
+def record(run: Callable[[], object], capability: int) -> list[KernelLaunch | Operation]:
+    """What `run` would launch on a GPU of this compute capability, in order."""
+    recorder = _Recorder(capability)
+    multiprocessors = {80: 108, 90: 132, 100: 148}[capability]
+    properties = SimpleNamespace(multi_processor_count=multiprocessors)
+
+    def launch(function: Any, *arguments: Any, **options: Any) -> None:
+        recorder.launch(function, *arguments, **options)
+
+    with (
+        mock.patch.object(JITFunction, "run", launch),
+        mock.patch("torch.cuda.get_device_capability", return_value=divmod(capability, 10)),
+        mock.patch("torch.cuda.get_device_properties", return_value=properties),
+        mock.patch("torch.cuda.is_current_stream_capturing", return_value=False),
+        mock.patch("torch.cuda.current_stream", return_value=SimpleNamespace(cuda_stream=0)),
+        _target(capability),
+        recorder,
+    ):
+        run()
+    return recorder.launches
+
+
+def _mocked(argument: Any) -> Any:
+    """What Triton takes for a tensor that it is not to read."""
+    return MockTensor(argument.dtype) if isinstance(argument, Tensor) else argument
+
+
+def _size(value: Any) -> int:
+    return value.numel() * value.element_size() if isinstance(value, Tensor) else 0

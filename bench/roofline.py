@@ -1,0 +1,155 @@
+"""How long launches should take on an H200, by counting.
+
+A kernel takes as long as the slowest of what it does at once, plus the latency of a launch:
+
+- memory: bytes of its tensors, each moved once, but mu and rho once for every tile of batch rows, over the bandwidth of
+  a copy;
+- issue: instructions per weight drawn, padding of tiles included, over 128 lanes per multiprocessor and cycle;
+- special functions: likewise, over 16 per multiprocessor and cycle;
+- matmul: floating-point operations, padding included, over the rate of large bf16 products;
+- waiting: a program's steps, one after another, each for as long as a load takes, shared by the steps that are loaded
+  ahead. If loads stop the thread, its own work comes on top. By Little's law this is where too few bytes in flight
+  show.
+
+Programs come in waves: as many at once as fit by registers, warps and shared memory. What counts for issue, special
+functions and matmul is the multiprocessor with the most programs of a wave. In the kernel of dmu and drho the epilogue
+follows the product; they overlap where another program is on the multiprocessor, and add up where there is none.
+PyTorch's own operations move their bytes and multiply at the rates above. Not in the model: traffic between L2 cache
+and multiprocessors, hits in the L2 cache, products below the best rate for want of a good tile.
+
+Bandwidth and matmul rate are measured; the other constants, and all predictions, are not.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from math import ceil
+from typing import NamedTuple
+
+from torch import Tensor
+
+from bench.facts import EPILOGUE, Facts, Variant, variant
+from bench.launches import KernelLaunch, Operation
+
+MULTIPROCESSORS = 132
+CLOCK = 1.75e9  # Hz, under load
+LANES, SPECIAL_UNITS = 128, 16  # results per multiprocessor and cycle
+REGISTERS, WARPS, PROGRAMS, SHARED_MEMORY = 65536, 64, 32, 228 * 1024  # of a multiprocessor
+BANDWIDTH = 4.3e12  # bytes/s of a large copy
+FLOP_RATE = 790e12  # per s, of a large bf16 product
+MEMORY_LATENCY = 800e-9  # s, of a load while memory is busy
+LAUNCH = 2e-6  # s between the ends of two kernels with no work, one waiting for the other
+
+
+class Prediction(NamedTuple):
+    """Seconds, and what they are spent on."""
+
+    name: str
+    seconds: float
+    limit: str
+
+
+class _Work(NamedTuple):
+    """What a program does: seconds on a multiprocessor of its own, bytes, and seconds that it waits."""
+
+    issue: float
+    special: float
+    matmul: float
+    memory: float
+    waiting: float
+
+
+def resident(facts: Facts) -> int:
+    """Programs that fit on a multiprocessor at once."""
+    warps = facts.threads // 32
+    registers = ceil(facts.registers * 32 / 256) * 256 * warps
+    return min(PROGRAMS, WARPS // warps, REGISTERS // registers, SHARED_MEMORY // (facts.shared + 1024))
+
+
+def predict(launch: KernelLaunch | Operation, known: dict[Variant, Facts]) -> Prediction:
+    """The time of one launch."""
+    if isinstance(launch, Operation):
+        limits = {"memory": launch.bytes / BANDWIDTH, "matmul": launch.flop / FLOP_RATE}
+        return _slowest(launch.name, limits)
+    facts = known[variant(launch)]
+    if facts.instructions is None or facts.special is None:
+        return _slowest(launch.name, {"memory": launch.bytes / BANDWIDTH})
+    phases = _phases(launch, facts)
+    at_once = resident(facts) * MULTIPROCESSORS
+    waves = [at_once] * (launch.programs // at_once) + [launch.programs % at_once]
+    totals: dict[str, float] = {}
+    for programs in filter(None, waves):
+        wave = _wave(phases, programs)
+        totals[wave.limit] = totals.get(wave.limit, 0.0) + wave.seconds
+    longest = max(totals, key=totals.__getitem__)
+    return Prediction(launch.name, sum(totals.values()) + LAUNCH, longest)
+
+
+def predict_all(launches: Sequence[KernelLaunch | Operation], known: dict[Variant, Facts]) -> Prediction:
+    """The time of launches one after another, and what the longest of them is limited by."""
+    each = [predict(launch, known) for launch in launches]
+    longest = max(each, key=lambda prediction: prediction.seconds)
+    return Prediction(longest.name, sum(prediction.seconds for prediction in each), longest.limit)
+
+
+def _slowest(name: str, limits: dict[str, float]) -> Prediction:
+    limit = max(limits, key=limits.__getitem__)
+    return Prediction(name, max(limits.values()) + LAUNCH, limit if limits[limit] > LAUNCH else "launch")
+
+
+def _phases(launch: KernelLaunch, facts: Facts) -> list[_Work]:
+    """What each program of a launch does, one phase after another."""
+    assert facts.instructions is not None
+    assert facts.special is not None
+    arguments, constants = launch.arguments, launch.constants
+    N, K = arguments["N"], arguments["K"]
+    moved = launch.bytes
+    if not facts.multiplies:
+        return [_drawing(facts, N * K / launch.programs, 0.0, moved / launch.programs)]
+    steps_m = ceil(arguments["M"] / constants["BLOCK_M"])
+    weights = (
+        ceil(N / constants["BLOCK_N"]) * constants["BLOCK_N"] * ceil(K / constants["BLOCK_K"]) * constants["BLOCK_K"]
+    )
+    flop = 2 * steps_m * constants["BLOCK_M"] * weights
+    matmul = flop / launch.programs / (FLOP_RATE / MULTIPROCESSORS)
+    if launch.name != EPILOGUE:
+        moved += (steps_m - 1) * (_bytes(arguments["mu_ptr"]) + _bytes(arguments["rho_ptr"]))
+        return [_drawing(facts, steps_m * weights / launch.programs, matmul, moved / launch.programs)]
+    issue = steps_m * facts.product_loop * facts.threads / (LANES * CLOCK)
+    waiting = steps_m * MEMORY_LATENCY / max(1, facts.ahead)
+    inputs = (_bytes(arguments["x_ptr"]) + _bytes(arguments["grad_y_ptr"])) / launch.programs
+    product = _Work(issue, 0.0, matmul, inputs / BANDWIDTH, waiting)
+    return [product, _drawing(replace(facts, ahead=0), facts.weights, 0.0, moved / launch.programs - inputs)]
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _drawing(facts: Facts, weights: float, matmul: float, moved: float) -> _Work:
+    """A program that draws so many weights, its main loop's at a time."""
+    assert facts.instructions is not None
+    assert facts.special is not None
+    issue = weights * facts.instructions / (LANES * CLOCK)
+    special = weights * facts.special / (SPECIAL_UNITS * CLOCK)
+    waiting = ceil(weights / facts.weights) * MEMORY_LATENCY / max(1, facts.ahead)
+    if facts.ahead == 0:
+        quarters = min(4, facts.threads // 32)  # of the multiprocessor, that the program's warps can use
+        waiting += max(issue, special) * 4 / quarters
+    return _Work(issue, special, matmul, moved / BANDWIDTH, waiting)
+
+
+def _wave(phases: list[_Work], programs: int) -> Prediction:
+    """Seconds for programs that are all there at once."""
+    share = ceil(programs / MULTIPROCESSORS)  # of the multiprocessor with the most
+    each = []
+    for work in phases if share == 1 else [_Work(*map(sum, zip(*phases, strict=True)))]:
+        limits = {
+            "memory": programs * work.memory,
+            "issue": share * work.issue,
+            "special functions": share * work.special,
+            "matmul": share * work.matmul,
+            "waiting": work.waiting,
+        }
+        limit = max(limits, key=limits.__getitem__)
+        each.append(Prediction("", limits[limit], limit))
+    return Prediction("", sum(wave.seconds for wave in each), max(each, key=lambda wave: wave.seconds).limit)
