@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from fusedbayes.kernels.gaussian import gaussian_gradients, kl_from_sums, kl_terms, sigma_from_rho
+from fusedbayes.kernels.gaussian import gaussian_gradients, kl_centres, kl_from_sums, kl_terms, sigma_from_rho
 from fusedbayes.kernels.noise import normal_vector
 
 
@@ -38,16 +38,16 @@ def sample_bias(
     exist = outputs < N
     mu = _load(mu_ptr, outputs, exist, 0.0)
     sigma = sigma_from_rho(_load(rho_ptr, outputs, exist, 0.0))
-    bias = mu + sigma * normal_vector(seed, row, column + outputs, sample, stream)
+    bias = mu + sigma * normal_vector(seed, row, tl.cast(column, tl.int64) + outputs, sample, stream)
     kl = 0.0
     if WITH_KL:
         prior_mu = _load(prior_mu_ptr, outputs, exist, 0.0, PRIOR_MU_SCALAR)
         prior_sigma = _load(prior_sigma_ptr, outputs, exist, 1.0, PRIOR_SIGMA_SCALAR)
         logarithm, scale, shift = kl_terms(mu, sigma, prior_mu, prior_sigma, PRIOR_SIGMA_SCALAR)
-        logarithms = tl.sum(tl.where(exist, logarithm, 0.0))
-        squares = tl.sum(tl.where(exist, scale * scale + shift * shift, 0.0))
-        count = tl.sum(exist.to(tl.float32))
-        kl = kl_from_sums(logarithms, squares, count, tl.load(prior_sigma_ptr).to(tl.float32), PRIOR_SIGMA_SCALAR)
+        centres = kl_centres(prior_sigma, PRIOR_SIGMA_SCALAR)
+        logarithms = tl.sum(tl.where(exist, logarithm - centres[0], 0.0))
+        squares = tl.sum(tl.where(exist, scale * scale + shift * shift - centres[1], 0.0))
+        kl = kl_from_sums(logarithms, squares, centres)
     return bias, kl
 
 
@@ -79,7 +79,7 @@ def store_bias_gradients(
         grad_kl = tl.load(grad_kl_ptr)
         prior_mu = _load(prior_mu_ptr, outputs, exist, 0.0, PRIOR_MU_SCALAR)
         prior_sigma = _load(prior_sigma_ptr, outputs, exist, 1.0, PRIOR_SIGMA_SCALAR)
-    eps = normal_vector(seed, row, column + outputs, sample, stream)
+    eps = normal_vector(seed, row, tl.cast(column, tl.int64) + outputs, sample, stream)
     grad_mu, grad_rho = gaussian_gradients(
         grad_bias, grad_kl, mu, rho, eps, prior_mu, prior_sigma, grad_kl_ptr is not None
     )

@@ -22,8 +22,9 @@ class MatmulConfig:
     Attributes:
         block_m, block_n, block_k: the tile of one program, powers of two of at least 16 (tl.dot's smallest).
         num_warps, num_stages: warps per program, depth of the load pipeline.
-        unroll: tiles per iteration of the main loop.
-        splits: parts of the product's sum, worked on by different programs and added in their order.
+        unroll: tiles per iteration of the forward's main loop.
+        splits: parts of the product's sum, worked on by different programs and added in their order. Not of dmu and
+            drho, which have programs enough.
         single_pass: sample inside the product; otherwise the weights are sampled once to memory and the library
             multiplies, because in-product sampling repeats the noise for every tile of batch rows. Of the gradients of
             mu and rho: in the product's epilogue; otherwise in a pass after the library's product.
@@ -42,7 +43,8 @@ class MatmulConfig:
 def fits(kernel: Kernel, config: MatmulConfig, shape: tuple[int, int, int]) -> bool:
     """Whether a single pass can work on (M, N, K): in whole quads of columns, with tiles that can move back to fit."""
     _, N, K = shape
-    if 0 in shape or K % 4 != 0:
+    # Offsets within two tiles have to fit 32 bits.
+    if 0 in shape or K % 4 != 0 or 2 * config.block_n * K >= 2**31:
         return False
     if kernel == "backward_input":
         return config.block_k <= K

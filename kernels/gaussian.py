@@ -3,10 +3,7 @@
 import triton
 import triton.language as tl
 
-from fusedbayes.kernels.math import LN_2, LOG2_E, absolute, exp2, log2, reciprocal
-
-# fusedbayes.reference.SIGMA_FLOOR: 2^-126, the smallest normal fp32.
-SIGMA_FLOOR = tl.constexpr(1.1754943508222875e-38)
+from fusedbayes.kernels.math import LN_2, LOG2_E, SMALLEST_NORMAL, absolute, exp2, log2, reciprocal
 
 
 @triton.jit
@@ -24,7 +21,9 @@ def _exp_and_sigma(rho):
     p = p * t + 0.3328406386557933
     p = p * t - 0.49998180352207144
     p = p * t + 1.0
-    return t, tl.maximum(p * t + tl.maximum(rho, 0.0), SIGMA_FLOOR)
+    softplus = p * t + tl.maximum(rho, 0.0)
+    # The floor is fusedbayes.reference.SIGMA_FLOOR. A NaN stays one: it is for the user to see.
+    return t, tl.maximum(softplus, SMALLEST_NORMAL, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -38,7 +37,7 @@ def sigma_from_rho(rho):
 def kl_terms(mu, sigma, prior_mu, prior_sigma, PRIOR_SIGMA_SCALAR: tl.constexpr):
     """What varies in the KL of a weight: a logarithm to base 2, and two numbers whose squares are added up.
 
-    KL = log(s0 / sigma) + (sigma^2 + (mu - m0)^2) / (2 s0^2) - 1/2. If s0 is one number, `kl_from_sums` brings it in.
+    KL = log(s0 / sigma) + (sigma^2 + (mu - m0)^2) / (2 s0^2) - 1/2. If s0 is one number, it comes in later.
     """
     logarithm = log2(sigma)
     shift = mu - prior_mu
@@ -51,12 +50,22 @@ def kl_terms(mu, sigma, prior_mu, prior_sigma, PRIOR_SIGMA_SCALAR: tl.constexpr)
 
 
 @triton.jit
-def kl_from_sums(logarithms, squares, count, prior_sigma, PRIOR_SIGMA_SCALAR: tl.constexpr):
-    """The KL of `count` weights from the sum of their logarithms and that of their squares: see `kl_terms`."""
+def kl_centres(prior_sigma, PRIOR_SIGMA_SCALAR: tl.constexpr):
+    """What the logarithm and the sum of both squares of `kl_terms` are where posterior and prior are the same.
+
+    It is taken off before the terms are added up: the difference of two large sums would be wrong where it is small.
+    """
+    logarithm, square = 0.0, 1.0
     if PRIOR_SIGMA_SCALAR:
-        logarithms -= count * tl.log2(prior_sigma)
-        squares = squares / prior_sigma / prior_sigma
-    return 0.5 * (squares - count) - LN_2 * logarithms
+        logarithm, square = log2(prior_sigma), prior_sigma * prior_sigma
+    return logarithm, square
+
+
+@triton.jit
+def kl_from_sums(logarithms, squares, centres):
+    """The KL from the sums of the centred logarithms and squares: see `kl_terms` and `kl_centres`."""
+    _, square = centres
+    return 0.5 * squares / square - LN_2 * logarithms
 
 
 @triton.jit

@@ -44,6 +44,17 @@ def empty_gradients(parameter: Sequence[Tensor | None], like: Tensor) -> tuple[T
     return mu.new_empty(mu.shape), rho.new_empty(rho.shape)
 
 
+def whole_quads(strides: Sequence[int]) -> bool:
+    """Whether rows are adjacent columns that begin at whole quads: then four of them are one load."""
+    row, column = strides
+    return column == 1 and row % 4 == 0
+
+
+def with_near_rows(activations: Tensor, block: int) -> Tensor:
+    """The activations, or a row-major copy if the offsets within a tile of `block` rows would not fit 32 bits."""
+    return activations if block * max(activations.stride()) < 2**31 else activations.contiguous()
+
+
 def capability(tensor: Tensor) -> tuple[int, int]:
     """Compute capability of the tensor's device; (0, 0) on the CPU, where the interpreter runs the kernels."""
     return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else (0, 0)

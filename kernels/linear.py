@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fusedbayes.kernels.bias import sample_bias
 from fusedbayes.kernels.config import MatmulConfig, fits
-from fusedbayes.kernels.gaussian import kl_from_sums, kl_terms, sigma_from_rho
+from fusedbayes.kernels.gaussian import kl_centres, kl_from_sums, kl_terms, sigma_from_rho
 from fusedbayes.kernels.launch import (
     NOT_SPECIALIZED,
     Parameter,
@@ -19,6 +19,8 @@ from fusedbayes.kernels.launch import (
     dot_options,
     pointers,
     scalar_priors,
+    whole_quads,
+    with_near_rows,
 )
 from fusedbayes.kernels.noise import load_key, normal_tile
 from fusedbayes.kernels.sample import sample_layer
@@ -51,6 +53,7 @@ def _step(
     x_offsets,
     weight_offsets,
     prior,  # its mean and deviation, where they are numbers
+    centres,  # of the KL's terms
     noise,  # seed, rows, quads of tile 0, sample, stream
     K,
     stride_xk,
@@ -83,11 +86,13 @@ def _step(
         if not PRIOR_SIGMA_SCALAR:
             prior_sigma = _load(prior_sigma_ptr, offsets, exist, MASKED, 1.0).to(tl.float32)
         logarithm, scale, shift = kl_terms(mu, sigma, prior_mu, prior_sigma, PRIOR_SIGMA_SCALAR)
+        logarithm = sum_quads(logarithm, -4.0 * centres[0])
+        square = sum_squares_of_quads(scale, shift, -4.0 * centres[1])
         if MASKED:
-            logarithm = tl.where(exist, logarithm, 0.0)
-            scale, shift = tl.where(exist, scale, 0.0), tl.where(exist, shift, 0.0)
-        logarithms += sum_rows(sum_quads(logarithm), logarithms.shape[0])
-        squares += sum_rows(sum_squares_of_quads(scale, shift), squares.shape[0])
+            quads_exist = (first + 4 * tl.arange(0, BLOCK_K // 4) < K)[None, :]
+            logarithm, square = tl.where(quads_exist, logarithm, 0.0), tl.where(quads_exist, square, 0.0)
+        logarithms += sum_rows(logarithm, logarithms.shape[0])
+        squares += sum_rows(square, squares.shape[0])
     return y, logarithms, squares
 
 
@@ -104,8 +109,8 @@ def _linear_forward_kernel(
     prior_sigma_ptr,  # () or (N, K) row-major
     bias_mu_ptr,  # (N,), or None
     bias_rho_ptr,  # (N,), or None
-    bias_prior_mu_ptr,  # () or (N,)
-    bias_prior_sigma_ptr,  # () or (N,)
+    bias_prior_mu_ptr,  # () or (N,), or None
+    bias_prior_sigma_ptr,  # () or (N,), or None
     seed_ptr,  # () int64
     sample_ptr,  # () int64, or None for 0
     M,
@@ -156,8 +161,10 @@ def _linear_forward_kernel(
     x_ptr += first_batch.to(tl.int64) * stride_xm
     seed, sample = load_key(seed_ptr, sample_ptr)
     prior = 0.0, 1.0
+    centres = 0.0, 1.0
     if kl_ptr is not None:
         prior = tl.load(prior_mu_ptr).to(tl.float32), tl.load(prior_sigma_ptr).to(tl.float32)
+        centres = kl_centres(prior[1], PRIOR_SIGMA_SCALAR)
         if not PRIOR_MU_SCALAR:
             prior_mu_ptr += tile_start
         if not PRIOR_SIGMA_SCALAR:
@@ -179,6 +186,7 @@ def _linear_forward_kernel(
             x_offsets,
             weight_offsets,
             prior,
+            centres,
             noise,
             K,
             stride_xk,
@@ -199,6 +207,7 @@ def _linear_forward_kernel(
                 x_offsets,
                 weight_offsets,
                 prior,
+                centres,
                 noise,
                 K,
                 stride_xk,
@@ -216,9 +225,7 @@ def _linear_forward_kernel(
         if KL_ROWS == BLOCK_N:
             logarithms = tl.where(rows[:, None] < N, logarithms, 0.0)
             squares = tl.where(rows[:, None] < N, squares, 0.0)
-        count = tl.minimum(N - first_row, BLOCK_N) * (tl.minimum(end_tile * BLOCK_K, K) - first_tile * BLOCK_K)
-        _, prior_sigma = prior
-        kl = kl_from_sums(tl.sum(logarithms), tl.sum(squares), count.to(tl.float32), prior_sigma, PRIOR_SIGMA_SCALAR)
+        kl = kl_from_sums(tl.sum(logarithms), tl.sum(squares), centres)
     if bias_mu_ptr is not None:
         if split == 0:
             bias, bias_kl = sample_bias(
@@ -256,12 +263,6 @@ def _kl_rows(outputs: int, config: MatmulConfig) -> int:
     return config.block_n if outputs % config.block_n or covered > config.block_n else covered
 
 
-def whole_quads(strides: Sequence[int]) -> bool:
-    """Whether rows are adjacent columns that begin at whole quads: then four of them are one load."""
-    row, column = strides
-    return column == 1 and row % 4 == 0
-
-
 def _single_pass(
     x: Tensor,
     weight: Parameter,
@@ -272,6 +273,7 @@ def _single_pass(
     config: MatmulConfig,
 ) -> tuple[Tensor, Tensor]:
     (M, K), N = x.shape, weight[0].shape[0]
+    x = with_near_rows(x, max(config.block_m, config.block_k))
     stream, row_offset, column_offset = addresses[0]
     tiles_n, tiles_k = triton.cdiv(N, config.block_n), triton.cdiv(K, config.block_k)
     tiles_per_split = triton.cdiv(tiles_k, config.splits)
@@ -340,4 +342,5 @@ def bayes_linear(
         return _single_pass(x, weight, bias, key, addresses, with_kl, config)
     sampled, sampled_bias, kl = sample_layer(weight, bias, key, addresses, x.dtype, with_kl)
     assert sampled is not None
-    return x @ sampled.t() if sampled_bias is None else torch.addmm(sampled_bias, x, sampled.t()), kl
+    y = x @ sampled.t() if sampled_bias is None else torch.addmm(sampled_bias, x, sampled.t())
+    return y, kl

@@ -8,8 +8,14 @@ from torch import Tensor
 
 from fusedbayes.kernels.config import MatmulConfig, fits
 from fusedbayes.kernels.gaussian import sigma_from_rho
-from fusedbayes.kernels.launch import NOT_SPECIALIZED, allow_tf32, capability, dot_options
-from fusedbayes.kernels.linear import whole_quads
+from fusedbayes.kernels.launch import (
+    NOT_SPECIALIZED,
+    allow_tf32,
+    capability,
+    dot_options,
+    whole_quads,
+    with_near_rows,
+)
 from fusedbayes.kernels.noise import load_key, normal_tile
 from fusedbayes.kernels.sample import sample_weight
 from fusedbayes.kernels.select import select_config
@@ -159,8 +165,10 @@ def bayes_linear_backward_input(
     if not (config.single_pass and fits("backward_input", config, (M, N, K)) and column_offset % 4 == 0):
         weight, _ = sample_weight(mu, rho, None, None, seed, sample, address, grad_y.dtype, False)
         return grad_y @ weight
+    grad_y = with_near_rows(grad_y, max(config.block_m, config.block_n))
     tiles_n = triton.cdiv(N, config.block_n)
     tiles_per_split = min(triton.cdiv(tiles_n, config.splits), 2**31 // (config.block_n * K) - 1)
+    assert tiles_per_split > 0  # `fits` sees to it
     splits = triton.cdiv(tiles_n, tiles_per_split)
     grad_x = grad_y.new_empty((M, K))
     partial = partial_results(grad_x, splits)

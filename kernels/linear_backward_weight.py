@@ -19,11 +19,15 @@ from fusedbayes.kernels.launch import (
     empty_gradients,
     pointers,
     scalar_priors,
+    whole_quads,
+    with_near_rows,
 )
-from fusedbayes.kernels.linear import whole_quads
 from fusedbayes.kernels.noise import load_key, normal_tile
 from fusedbayes.kernels.sample_backward import sample_layer_backward
 from fusedbayes.kernels.select import select_config
+
+# Batch rows beyond which the library sums dY for the bias: the pass over the weights has one warp for 64 outputs.
+LONG_BATCH = 1024
 
 
 @triton.jit
@@ -143,9 +147,9 @@ def _linear_backward_weight_kernel(
         grad_weight = tl.dot(grad_y.to(DOT_DTYPE), x.to(DOT_DTYPE), grad_weight, input_precision=INPUT_PRECISION)
     if not EVEN_M:
         first = tl.cast(M // BLOCK_M * BLOCK_M, tl.int64)
-        left = first + batch < M
-        grad_y = tl.load(grad_y_ptr + first * stride_gm + grad_y_offsets, mask=left[None, :], other=0.0)
-        x = tl.load(x_ptr + first * stride_xm + x_offsets, mask=left[:, None], other=0.0)
+        in_batch = first + batch < M
+        grad_y = tl.load(grad_y_ptr + first * stride_gm + grad_y_offsets, mask=in_batch[None, :], other=0.0)
+        x = tl.load(x_ptr + first * stride_xm + x_offsets, mask=in_batch[:, None], other=0.0)
         grad_weight = tl.dot(grad_y.to(DOT_DTYPE), x.to(DOT_DTYPE), grad_weight, input_precision=INPUT_PRECISION)
 
     seed, sample = load_key(seed_ptr, sample_ptr)
@@ -180,8 +184,8 @@ def _linear_backward_weight_kernel(
             grad_bias = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
             for tile_m in range(tl.cdiv(M, BLOCK_M)):
                 first = tl.cast(tile_m * BLOCK_M, tl.int64)
-                in_batch = (first + batch < M)[None, :]
-                grad_y = tl.load(grad_y_ptr + first * stride_gm + grad_y_offsets, mask=in_batch, other=0.0)
+                exist = (first + batch < M)[None, :]
+                grad_y = tl.load(grad_y_ptr + first * stride_gm + grad_y_offsets, mask=exist, other=0.0)
                 grad_bias += grad_y.to(tl.float32)
             store_bias_gradients(
                 grad_bias_mu_ptr,
@@ -238,7 +242,12 @@ def bayes_linear_backward_weight(
     stream, row_offset, column_offset = weight_address
     if not (config.single_pass and fits("backward_weight", config, shape) and column_offset % 4 == 0):
         key, addresses = (seed, sample), (weight_address, bias_address)
-        return sample_layer_backward(_product(grad_y, x), grad_y, grad_kl, weight, bias, key, addresses)
+        grad_weight = _product(grad_y, x)
+        if bias_mu is not None and M > LONG_BATCH:
+            grad_y = grad_y.sum(0, keepdim=True, dtype=torch.float32)
+        return sample_layer_backward(grad_weight, grad_y, grad_kl, weight, bias, key, addresses)
+    grad_y = with_near_rows(grad_y, max(config.block_m, config.block_n))
+    x = with_near_rows(x, max(config.block_m, config.block_k))
     grads = empty_gradients(weight, weight_mu), empty_gradients(bias, weight_mu)
     _linear_backward_weight_kernel[(triton.cdiv(N, config.block_n) * triton.cdiv(K, config.block_k),)](
         *grads[0],

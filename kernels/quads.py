@@ -19,7 +19,7 @@ def quad_columns(
     if EVEN:
         exist = tl.full((BLOCK_K // 4, 4), True, tl.int1)  # folded: loads and stores have no mask
     elif WHOLE_QUADS:
-        exist = column + quad + tl.zeros_like(in_quad) < K
+        exist = column + quad + tl.zeros_like(in_quad) < K  # the same for all four, for the compiler to see
     else:
         exist = column + quad + in_quad < K
         if COLUMN_SHIFT > 0:
@@ -83,3 +83,18 @@ def normal_quads(seed, quads, row, sample, stream):
     """eps of the columns 4q .. 4q+3 of quads (Q,) in one row: (Q, 4) fp32."""
     z0, z1, z2, z3 = normals(seed, quads, row, sample, stream)
     return _join(z0, z1, z2, z3)
+
+
+@triton.jit
+def sum_quad(tile, start):
+    """(Q, 4) to (Q,): `start` and the four columns, all in one thread."""
+    a, b, c, d = _split(tile)
+    return ((a + b) + (c + d)) + start
+
+
+@triton.jit
+def sum_squares_of_quad(first, second, start):
+    """(Q, 4) twice to (Q,): `start` and the squares of the four columns of both, one multiply-add each."""
+    a, b, c, d = _split(first)
+    e, f, g, h = _split(second)
+    return start + a * a + b * b + c * c + d * d + e * e + f * f + g * g + h * h

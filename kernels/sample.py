@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fusedbayes.kernels.bias import sample_bias
 from fusedbayes.kernels.config import TileConfig
-from fusedbayes.kernels.gaussian import kl_from_sums, kl_terms, sigma_from_rho
+from fusedbayes.kernels.gaussian import kl_centres, kl_from_sums, kl_terms, sigma_from_rho
 from fusedbayes.kernels.launch import (
     NOT_SPECIALIZED,
     Parameter,
@@ -24,7 +24,14 @@ from fusedbayes.kernels.launch import (
     scalar_priors,
 )
 from fusedbayes.kernels.noise import load_key
-from fusedbayes.kernels.quads import load_quads, normal_quads, quad_columns, store_quads
+from fusedbayes.kernels.quads import (
+    load_quads,
+    normal_quads,
+    quad_columns,
+    store_quads,
+    sum_quad,
+    sum_squares_of_quad,
+)
 from fusedbayes.kernels.select import select_tile_config
 from fusedbayes.kernels.sums import arrival_counter, sum_in_order
 
@@ -57,10 +64,10 @@ def _sample_weight_kernel(
     rho_ptr,  # (N, K) row-major
     prior_mu_ptr,  # () or (N, K) row-major
     prior_sigma_ptr,  # () or (N, K) row-major
-    bias_mu_ptr,  # (N,)
-    bias_rho_ptr,  # (N,)
-    bias_prior_mu_ptr,  # () or (N,)
-    bias_prior_sigma_ptr,  # () or (N,)
+    bias_mu_ptr,  # (N,), or None
+    bias_rho_ptr,  # (N,), or None
+    bias_prior_mu_ptr,  # () or (N,), or None
+    bias_prior_sigma_ptr,  # () or (N,), or None
     seed_ptr,  # () int64
     sample_ptr,  # () int64, or None for 0
     N,
@@ -102,7 +109,8 @@ def _sample_weight_kernel(
         if kl_ptr is not None:
             prior_mu_row, prior_sigma_row = prior_mu_ptr + start, prior_sigma_ptr + start
             prior_mu, prior_sigma = tl.load(prior_mu_ptr).to(tl.float32), tl.load(prior_sigma_ptr).to(tl.float32)
-            logarithms = tl.zeros((BLOCK_K // 4, 4), tl.float32)
+            centres = kl_centres(prior_sigma, PRIOR_SIGMA_SCALAR)
+            logarithms = tl.zeros((BLOCK_K // 4,), tl.float32)
             squares = logarithms
         for row in range(begin, end):
             mu = load_quads(mu_row, columns, exist, 0.0, WHOLE_QUADS)
@@ -120,16 +128,20 @@ def _sample_weight_kernel(
                     s0 = load_quads(prior_sigma_row, columns, exist, 1.0, WHOLE_QUADS)
                     prior_sigma_row += K
                 logarithm, scale, shift = kl_terms(mu, sigma, m0, s0, PRIOR_SIGMA_SCALAR)
-                logarithms += logarithm
-                squares += scale * scale
-                squares += shift * shift
+                if WHOLE_QUADS:
+                    logarithms += sum_quad(logarithm, -4.0 * centres[0])
+                    squares += sum_squares_of_quad(scale, shift, -4.0 * centres[1])
+                else:
+                    logarithms += sum_quad(tl.where(exist, logarithm - centres[0], 0.0), 0.0)
+                    square = scale * scale + shift * shift - centres[1]
+                    squares += sum_quad(tl.where(exist, square, 0.0), 0.0)
             mu_row += K
             rho_row += K
         if kl_ptr is not None:
-            logarithm = tl.sum(tl.where(exist, logarithms, 0.0))
-            square = tl.sum(tl.where(exist, squares, 0.0))
-            count = (end - begin) * (tl.minimum(column + BLOCK_K, K) - tl.maximum(column, 0))
-            kl = kl_from_sums(logarithm, square, count.to(tl.float32), prior_sigma, PRIOR_SIGMA_SCALAR)
+            if WHOLE_QUADS and not EVEN:
+                quad_exists = column + 4 * tl.arange(0, BLOCK_K // 4) < K
+                logarithms, squares = tl.where(quad_exists, logarithms, 0.0), tl.where(quad_exists, squares, 0.0)
+            kl = kl_from_sums(tl.sum(logarithms), tl.sum(squares), centres)
     elif bias_ptr is not None:
         outputs = (tile - tiles) * BIAS_BLOCK + tl.arange(0, BIAS_BLOCK)
         bias, kl = sample_bias(
@@ -153,9 +165,14 @@ def _sample_weight_kernel(
         sum_in_order(kl_ptr, partial_ptr, counter_ptr, kl, tile, tl.num_programs(0))
 
 
+def _column_shift(shape: torch.Size, address: Sequence[int]) -> int:
+    """Columns of its first quad that a shard leaves out; without columns there are no tiles that it could shift."""
+    return address[2] % 4 if shape[1] > 0 else 0
+
+
 def constants(shape: torch.Size, address: Sequence[int], config: TileConfig) -> dict[str, Any]:
     """The kernels' constants that follow from sizes."""
-    shift = address[2] % 4
+    shift = _column_shift(shape, address)
     return {
         "COLUMN_SHIFT": shift,
         "WHOLE_QUADS": shift == 0 and shape[1] % 4 == 0,
@@ -169,7 +186,7 @@ def constants(shape: torch.Size, address: Sequence[int], config: TileConfig) -> 
 
 def programs_of(shape: torch.Size, address: Sequence[int], config: TileConfig, with_bias: bool) -> int:
     rows, columns = shape
-    tiles = triton.cdiv(rows, config.block_n) * triton.cdiv(columns + address[2] % 4, config.block_k)
+    tiles = triton.cdiv(rows, config.block_n) * triton.cdiv(columns + _column_shift(shape, address), config.block_k)
     return tiles + (triton.cdiv(rows, BIAS_BLOCK) if with_bias else 0)
 
 

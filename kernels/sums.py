@@ -10,7 +10,7 @@ from torch import Tensor
 
 BLOCK = 1024  # elements that a program of the second stage adds up
 
-_counters: dict[tuple[torch.device, int], Tensor] = {}
+_counters: dict[torch.device, Tensor] = {}  # see `arrival_counter`
 
 
 @triton.jit
@@ -29,35 +29,31 @@ def sum_rows(tile, ROWS: tl.constexpr):
 
 
 @triton.jit
-def sum_quads(tile):
-    """(R, 4 Q) to (R, Q): sums of four adjacent columns."""
+def sum_quads(tile, start):
+    """(R, 4 Q) to (R, Q): `start` and four adjacent columns."""
     a, b, c, d = _quarters(tile)
-    return (a + b) + (c + d)
+    return ((a + b) + (c + d)) + start
 
 
 @triton.jit
-def sum_squares_of_quads(first, second):
-    """(R, 4 Q) twice to (R, Q): sums of the squares of four adjacent columns of both, one multiply-add each."""
+def sum_squares_of_quads(first, second, start):
+    """(R, 4 Q) twice to (R, Q): `start` and the squares of four adjacent columns of both, one multiply-add each."""
     a, b, c, d = _quarters(first)
     e, f, g, h = _quarters(second)
-    return a * a + b * b + c * c + d * d + e * e + f * f + g * g + h * h
+    return start + a * a + b * b + c * c + d * d + e * e + f * f + g * g + h * h
 
 
 def arrival_counter(like: Tensor) -> Tensor:
     """A zero on the device for `sum_in_order`, which leaves it a zero again: one launch less than a new one each time.
 
-    Kernels of one stream run one after another and can share it. A captured graph, whose replays may run beside other
-    kernels, gets its own.
+    Kernels of the default stream run one after another and share one, kept for good. On another stream each launch gets
+    its own: a captured graph's replay may run beside other kernels, and memory of a graph's pool must not be kept.
     """
-    stream = 0
-    if like.is_cuda:
-        if torch.cuda.is_current_stream_capturing():
-            return like.new_zeros((), dtype=torch.int32)
-        stream = torch.cuda.current_stream(like.device).cuda_stream
-    key = (like.device, stream)
-    if key not in _counters:
-        _counters[key] = like.new_zeros((), dtype=torch.int32)
-    return _counters[key]
+    if like.is_cuda and torch.cuda.current_stream(like.device).cuda_stream != 0:
+        return like.new_zeros((), dtype=torch.int32)
+    if like.device not in _counters:
+        _counters[like.device] = like.new_zeros((), dtype=torch.int32)
+    return _counters[like.device]
 
 
 @triton.jit

@@ -92,3 +92,9 @@ def test_ragged_columns_are_sampled_once() -> None:
     assert select_config("forward", (64, 4096, 4096), torch.bfloat16, (9, 0)).single_pass
     assert select_config("forward", (64, 4095, 4092), torch.bfloat16, (9, 0)).single_pass
     assert not select_config("forward", (64, 4096, 4095), torch.bfloat16, (9, 0)).single_pass
+
+
+@pytest.mark.parametrize("kernel", ["forward", "backward_input", "backward_weight"])
+def test_what_32_bits_cannot_address_is_sampled_once(kernel: Any) -> None:
+    assert select_config(kernel, (64, 128, 2**22), torch.bfloat16, (9, 0)).single_pass
+    assert not select_config(kernel, (64, 128, 2**24 + 4), torch.bfloat16, (9, 0)).single_pass

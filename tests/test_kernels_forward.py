@@ -1,5 +1,6 @@
 """Forward kernels, interpreted or compiled, against the operators in PyTorch at double precision."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -88,10 +89,11 @@ def test_shapes_of_sample_weight(kernel_device: str, shape: tuple[int, int], con
     assert kl.shape == (0,)
 
 
+@pytest.mark.parametrize("prior", ["scalar", "per-weight"])
 @pytest.mark.parametrize("column_offset", [0, 1])
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0)], ids=str)
-def test_no_weights(kernel_device: str, shape: tuple[int, int], column_offset: int) -> None:
-    problem = make_problem((2, *shape), prior="scalar", weight_address=Address(8, column_offset=column_offset))
+def test_no_weights(kernel_device: str, shape: tuple[int, int], column_offset: int, prior: str) -> None:
+    problem = make_problem((2, *shape), prior=prior, weight_address=Address(8, column_offset=column_offset))
     moved = problem.to(kernel_device)
     weight, kl = kernels.sample_weight(*moved.sample_weight(torch.float32))
     assert weight.shape == shape
@@ -133,3 +135,29 @@ def test_extreme_rho(kernel_device: str, rho: float) -> None:
     x = torch.ones(1, 1, device=kernel_device)
     _, linear_kl = kernels.bayes_linear(x, *moved, *(None,) * 4, *moved_noise, Address(), True)
     torch.testing.assert_close(linear_kl.cpu().double(), expected_kl, rtol=2.0**-21, atol=100 * 2.0**-23)
+
+
+@pytest.mark.parametrize("prior", ["scalar", "per-weight"])
+def test_the_kl_of_a_posterior_that_is_the_prior(kernel_device: str, prior: str) -> None:
+    """The difference of sums that cancel: each weight's terms are a few roundings from 0, not from their size."""
+    N, K = 16, 512
+    rho = torch.full((N, K), -2.0)
+    sigma = reference.sigma_from_rho(rho.double()).float()
+    parameter = rho.new_full((N, K), 0.3), rho, torch.tensor(0.3), sigma if prior == "per-weight" else sigma[0, 0]
+    moved = [tensor.to(kernel_device) for tensor in parameter]
+    seed, bias = torch.tensor(1, device=kernel_device), (None,) * 4
+    x = torch.ones(3, K, device=kernel_device)
+    _, product = kernels.bayes_linear(x, *moved, *bias, seed, None, Address(), Address(), True, config=SINGLE_PASS)
+    for kl in (kernels.weight_kl(*moved), product):
+        # sigma is off by 2^-20, relatively; the KL's logarithm and its square by as much.
+        assert abs(kl.item()) < 2 * 2.0**-20 * N * K
+
+
+def test_nan_is_not_hidden(kernel_device: str) -> None:
+    """sigma's floor takes the larger of two numbers, of which one is none."""
+    rho = torch.full((16, 16), math.nan, device=kernel_device)
+    prior = torch.zeros((), device=kernel_device), torch.ones((), device=kernel_device)
+    seed = torch.tensor(1, device=kernel_device)
+    weight, kl = kernels.sample_weight(torch.zeros_like(rho), rho, *prior, seed, None, Address(), torch.float32, True)
+    assert weight.isnan().all()
+    assert kl.isnan()

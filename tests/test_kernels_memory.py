@@ -187,6 +187,27 @@ def test_addresses(kernel_device: str, address: tuple[int | None, int, int, int]
     check_all(problem, kernel_device)
 
 
+def test_the_bias_of_a_shard_across_column_2_31(kernel_device: str) -> None:
+    problem = make_problem(SHAPE, bias_address=Address(9, column_offset=2**31 - 5))
+    for config in (SINGLE_PASS, SAMPLE_ONCE):
+        check_bayes_linear(problem, config, kernel_device)
+        check_weight_gradients(problem, config, kernel_device)
+
+
+@pytest.mark.parametrize("name", ["x", "grad_y"])
+def test_rows_far_apart(kernel_device: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Like the last tokens of long sequences: offsets within a tile of rows do not fit 32 bits."""
+    problem = make_problem((9, 16, 16), bias=False, dtype=torch.float16).to(kernel_device)
+    rows = getattr(problem, name)
+    # Virtual memory, of which only the rows' pages are touched.
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    far = torch.empty(9 * 2**28, dtype=rows.dtype, device=kernel_device).as_strided(rows.shape, (2**28, 1))
+    problem = problem._replace(**{name: far.copy_(rows)})
+    check_bayes_linear(problem, SINGLE_PASS, kernel_device)
+    check_input_gradient(problem, SINGLE_PASS, kernel_device)
+    check_weight_gradients(problem, SINGLE_PASS, kernel_device)
+
+
 @pytest.mark.parametrize("config", [SINGLE_PASS, SPLIT, SAMPLE_ONCE], ids=["single-pass", "split", "sample-once"])
 def test_a_run_repeats_bit_for_bit(kernel_device: str, config: MatmulConfig) -> None:
     problem = make_problem(SHAPE).to(kernel_device)
