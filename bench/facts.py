@@ -112,7 +112,9 @@ def measure(launches: Sequence[KernelLaunch]) -> list[Facts]:
         try:
             compiled.append((launch, launch.compile()))
         except Exception as error:  # whatever Triton raises: it is a finding like others
-            failed.append(Facts(variant(launch), error=f"{type(error).__name__}: {error}"))
+            lines = str(error).strip().splitlines() or [""]
+            summary = " ... ".join(dict.fromkeys((lines[0], lines[-1])))
+            failed.append(Facts(variant(launch), error=f"{type(error).__name__}: {summary}"))
     codes = sass.disassemble([kernel for _, kernel in compiled]) if compiled else []
     return failed + [_facts(*pair, code) for pair, code in zip(compiled, codes, strict=True)]
 

@@ -59,7 +59,6 @@ class KernelLaunch(NamedTuple):
     Attributes:
         arguments: by name, constants included.
         options: num_warps and the like.
-        key: equal for launches that share their machine code.
     """
 
     capability: int
@@ -67,7 +66,6 @@ class KernelLaunch(NamedTuple):
     arguments: dict[str, Any]
     options: dict[str, Any]
     grid: tuple[int, ...]
-    key: tuple[Any, ...]
 
     @property
     def name(self) -> str:
@@ -147,12 +145,10 @@ class _Recorder(TorchDispatchMode):
     def launch(self, function: Any, *arguments: Any, grid: tuple[int, ...], warmup: bool, **options: Any) -> None:
         """Stands in for `JITFunction.run`."""
         *_, bind = function.device_caches[self.capability]
-        settings = {"debug": False, "instrumentation_mode": ""}
-        bound, specialization, compile_options = bind(*map(_mocked, arguments), **options, **settings)
-        key = (self.capability, function.__name__, str(specialization), str(compile_options))
+        bound, *_ = bind(*map(_mocked, arguments), **options, debug=False, instrumentation_mode="")
         named = bound | dict(zip(function.arg_names, arguments, strict=False))
         rest = {name: value for name, value in options.items() if name not in named}
-        self.launches.append(KernelLaunch(self.capability, function, named, rest, grid, key))
+        self.launches.append(KernelLaunch(self.capability, function, named, rest, grid))
 
 
 def record(run: Callable[[], object], capability: int) -> list[KernelLaunch | Operation]:

@@ -40,7 +40,13 @@ def candidate_configs(kernel: str, rows: int) -> list[MatmulConfig]:
     if kernel == "backward_weight":
         tiles = ((128, 128, 8), (64, 128, 4), (128, 64, 4), (128, 256, 8))
         return [
-            *(MatmulConfig(m, n, k, warps, stages) for n, k, warps in tiles for m in (32, 64) for stages in (3, 4)),
+            *(
+                MatmulConfig(m, n, k, warps, stages, max_registers=registers)
+                for n, k, warps in tiles
+                for m in (32, 64)
+                for stages in (3, 4)
+                for registers in ((None, 128) if warps == 8 else (None,))
+            ),
             SAMPLE_ONCE,
         ]
     # More rows than the batch would be padding; more tiles of rows draw the weights again.

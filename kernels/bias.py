@@ -52,6 +52,20 @@ def sample_bias(
 
 
 @triton.jit
+def sum_over_batch(grad_y_ptr, M, N, stride_m, stride_n, outputs):
+    """dL/db (R,) fp32 at `outputs` (R,): the sum over dY's M rows."""
+    columns = grad_y_ptr + outputs.to(tl.int64)[None, :] * stride_n
+    # Added up once at the end: a reduction within the loop does not compile for every layout of fp32.
+    sums = tl.zeros((16, outputs.shape[0]), tl.float32)
+    for begin in range(0, M, 16):
+        batch = begin + tl.arange(0, 16)
+        in_bounds = (batch < M)[:, None] & (outputs < N)[None, :]
+        grad_y = tl.load(columns + batch.to(tl.int64)[:, None] * stride_m, mask=in_bounds, other=0.0)
+        sums += grad_y.to(tl.float32)
+    return tl.sum(sums, axis=0)
+
+
+@triton.jit
 def store_bias_gradients(
     grad_mu_ptr,  # (N,)
     grad_rho_ptr,  # (N,)

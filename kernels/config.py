@@ -28,6 +28,8 @@ class MatmulConfig:
         single_pass: sample inside the product; otherwise the weights are sampled once to memory and the library
             multiplies, because in-product sampling repeats the noise for every tile of batch rows. Of the gradients of
             mu and rho: in the product's epilogue; otherwise in a pass after the library's product.
+        max_registers: of a thread, so that two programs of 8 warps share a multiprocessor; None leaves it to the
+            compiler. Of dmu and drho only.
     """
 
     block_m: int
@@ -38,6 +40,7 @@ class MatmulConfig:
     unroll: int = 1
     splits: int = 1
     single_pass: bool = True
+    max_registers: int | None = None
 
 
 def fits(kernel: Kernel, config: MatmulConfig, shape: tuple[int, int, int]) -> bool:

@@ -86,13 +86,15 @@ def _step(
         if not PRIOR_SIGMA_SCALAR:
             prior_sigma = _load(prior_sigma_ptr, offsets, exist, MASKED, 1.0).to(tl.float32)
         logarithm, scale, shift = kl_terms(mu, sigma, prior_mu, prior_sigma, PRIOR_SIGMA_SCALAR)
-        logarithm = sum_quads(logarithm, -4.0 * centres[0])
-        square = sum_squares_of_quads(scale, shift, -4.0 * centres[1])
+        logarithm = sum_rows(sum_quads(logarithm), logarithms.shape[0])
+        square = sum_rows(sum_squares_of_quads(scale, shift, -4.0 * centres[1]), squares.shape[0])
+        added: tl.constexpr = 4 * weight_offsets.shape[0] // logarithms.shape[0]  # logarithms in each sum
+        logarithm -= added * centres[0]
         if MASKED:
             quads_exist = (first + 4 * tl.arange(0, BLOCK_K // 4) < K)[None, :]
             logarithm, square = tl.where(quads_exist, logarithm, 0.0), tl.where(quads_exist, square, 0.0)
-        logarithms += sum_rows(logarithm, logarithms.shape[0])
-        squares += sum_rows(square, squares.shape[0])
+        logarithms += logarithm
+        squares += square
     return y, logarithms, squares
 
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusedbayes.kernels.bias import store_bias_gradients
+from fusedbayes.kernels.bias import store_bias_gradients, sum_over_batch
 from fusedbayes.kernels.config import MatmulConfig, fits
 from fusedbayes.kernels.gaussian import gaussian_gradients
 from fusedbayes.kernels.launch import (
@@ -26,8 +26,9 @@ from fusedbayes.kernels.noise import load_key, normal_tile
 from fusedbayes.kernels.sample_backward import sample_layer_backward
 from fusedbayes.kernels.select import select_config
 
-# Batch rows beyond which the library sums dY for the bias: the pass over the weights has one warp for 64 outputs.
-LONG_BATCH = 1024
+# Batch rows beyond which the library sums dY for the bias. Here few programs do it, 16 rows at a time, while the others
+# work; with a long batch they would be the last.
+LONG_BATCH = 512
 
 
 @triton.jit
@@ -81,6 +82,7 @@ def _linear_backward_weight_kernel(
     grad_bias_mu_ptr,  # (N,), or None
     grad_bias_rho_ptr,  # (N,), or None
     grad_y_ptr,  # (M, N)
+    bias_grad_ptr,  # (bias_M, N): dY, or for a long batch its sum
     grad_kl_ptr,  # () fp32, or None
     x_ptr,  # (M, K)
     mu_ptr,  # (N, K) row-major
@@ -94,10 +96,13 @@ def _linear_backward_weight_kernel(
     seed_ptr,  # () int64
     sample_ptr,  # () int64, or None for 0
     M,
+    bias_M,
     N,
     K,
     stride_gm,
     stride_gn,
+    stride_bm,
+    stride_bn,
     stride_xm,
     stride_xk,
     row_offset,
@@ -181,16 +186,10 @@ def _linear_backward_weight_kernel(
         )
     if grad_bias_mu_ptr is not None:
         if tile_k == 0:
-            grad_bias = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-            for tile_m in range(tl.cdiv(M, BLOCK_M)):
-                first = tl.cast(tile_m * BLOCK_M, tl.int64)
-                exist = (first + batch < M)[None, :]
-                grad_y = tl.load(grad_y_ptr + first * stride_gm + grad_y_offsets, mask=exist, other=0.0)
-                grad_bias += grad_y.to(tl.float32)
             store_bias_gradients(
                 grad_bias_mu_ptr,
                 grad_bias_rho_ptr,
-                tl.sum(grad_bias, axis=1),
+                sum_over_batch(bias_grad_ptr, bias_M, N, stride_bm, stride_bn, rows),
                 grad_kl_ptr,
                 bias_mu_ptr,
                 bias_rho_ptr,
@@ -240,12 +239,12 @@ def bayes_linear_backward_weight(
     weight = (weight_mu, weight_rho, weight_prior_mu, weight_prior_sigma)
     bias = (bias_mu, bias_rho, bias_prior_mu, bias_prior_sigma)
     stream, row_offset, column_offset = weight_address
+    bias_grad = grad_y
+    if bias_mu is not None and M > LONG_BATCH:
+        bias_grad = grad_y.sum(0, keepdim=True, dtype=torch.float32)
     if not (config.single_pass and fits("backward_weight", config, shape) and column_offset % 4 == 0):
         key, addresses = (seed, sample), (weight_address, bias_address)
-        grad_weight = _product(grad_y, x)
-        if bias_mu is not None and M > LONG_BATCH:
-            grad_y = grad_y.sum(0, keepdim=True, dtype=torch.float32)
-        return sample_layer_backward(grad_weight, grad_y, grad_kl, weight, bias, key, addresses)
+        return sample_layer_backward(_product(grad_y, x), bias_grad, grad_kl, weight, bias, key, addresses)
     grad_y = with_near_rows(grad_y, max(config.block_m, config.block_n))
     x = with_near_rows(x, max(config.block_m, config.block_k))
     grads = empty_gradients(weight, weight_mu), empty_gradients(bias, weight_mu)
@@ -253,6 +252,7 @@ def bayes_linear_backward_weight(
         *grads[0],
         *(grads[1] if bias_mu is not None else (None, None)),
         grad_y,
+        bias_grad,
         grad_kl,
         x,
         *pointers(weight),
@@ -260,9 +260,11 @@ def bayes_linear_backward_weight(
         seed,
         sample,
         M,
+        bias_grad.shape[0],
         N,
         K,
         *grad_y.stride(),
+        *bias_grad.stride(),
         *x.stride(),
         row_offset,
         column_offset // 4,
@@ -279,5 +281,6 @@ def bayes_linear_backward_weight(
         BLOCK_K=config.block_k,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        maxnreg=config.max_registers,
     )
     return *grads[0], *grads[1]

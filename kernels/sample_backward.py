@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusedbayes.kernels.bias import store_bias_gradients
+from fusedbayes.kernels.bias import store_bias_gradients, sum_over_batch
 from fusedbayes.kernels.config import TileConfig
 from fusedbayes.kernels.gaussian import gaussian_gradients
 from fusedbayes.kernels.launch import (
@@ -113,17 +113,10 @@ def _sample_weight_backward_kernel(
             grad_rho_row += K
     elif grad_bias_mu_ptr is not None:
         outputs = (tile - tiles) * BIAS_BLOCK + tl.arange(0, BIAS_BLOCK)
-        grad_bias = tl.zeros((16, BIAS_BLOCK), tl.float32)
-        for first in range(0, M, 16):
-            batch = first + tl.arange(0, 16)
-            grad_y_rows = grad_y_ptr + batch.to(tl.int64)[:, None] * stride_gm
-            in_bounds = (batch < M)[:, None] & (outputs < N)[None, :]
-            grad_y = tl.load(grad_y_rows + outputs.to(tl.int64)[None, :] * stride_gn, mask=in_bounds, other=0.0)
-            grad_bias += grad_y.to(tl.float32)
         store_bias_gradients(
             grad_bias_mu_ptr,
             grad_bias_rho_ptr,
-            tl.sum(grad_bias, axis=0),
+            sum_over_batch(grad_y_ptr, M, N, stride_gm, stride_gn, outputs),
             grad_kl_ptr,
             bias_mu_ptr,
             bias_rho_ptr,

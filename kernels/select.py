@@ -58,7 +58,7 @@ def select_config(
         and triton.cdiv(N, config.block_n) * triton.cdiv(K, config.block_k) < multiprocessors
     ):
         # Half the tile for half the threads: more programs for a small layer.
-        config = replace(config, block_n=config.block_n // 2, num_warps=config.num_warps // 2)
+        config = replace(config, block_n=config.block_n // 2, num_warps=config.num_warps // 2, max_registers=None)
     if not config.single_pass or not fits(kernel, config, shape):
         return SAMPLE_ONCE
     return replace(config, splits=_splits(kernel, config, shape, multiprocessors))

@@ -29,10 +29,10 @@ def sum_rows(tile, ROWS: tl.constexpr):
 
 
 @triton.jit
-def sum_quads(tile, start):
-    """(R, 4 Q) to (R, Q): `start` and four adjacent columns."""
+def sum_quads(tile):
+    """(R, 4 Q) to (R, Q): sums of four adjacent columns."""
     a, b, c, d = _quarters(tile)
-    return ((a + b) + (c + d)) + start
+    return (a + b) + (c + d)
 
 
 @triton.jit

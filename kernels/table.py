@@ -76,8 +76,11 @@ TABLE: dict[tuple[Kernel, str, int], dict[int, MatmulConfig]] = {
     ("backward_weight", "16-bit", 80): {
         ANY: MatmulConfig(64, 128, 128, num_warps=8, num_stages=3),
     },
+    ("backward_weight", "16-bit", 90): {
+        ANY: MatmulConfig(64, 128, 128, num_warps=8, num_stages=3, max_registers=128),
+    },
     ("backward_weight", "tf32", 80): {
-        ANY: MatmulConfig(32, 128, 128, num_warps=8),
+        ANY: MatmulConfig(32, 128, 128, num_warps=8, max_registers=128),
     },
     ("backward_weight", "ieee", 80): {
         ANY: MatmulConfig(16, 128, 128, num_warps=8),
