@@ -216,7 +216,8 @@ def predictions_table(facts: list[Facts]) -> str:
     """Predicted times of a 4096 x 4096 layer on an H200, beside the floors and nn.Linear's."""
     known = {f.variant: f for f in facts}
     columns = ("pass", "rows", "launches", "predicted", "limited by", "memory floor", "matmul floor", "share of floor")
-    lines = [f"| {' | '.join(columns)} | nn.Linear | ratio |", "|---|---:|---:|---:|---|---:|---:|---:|---:|---:|"]
+    columns += ("nn.Linear", "ours / it", "clean layer", "ours / it")
+    lines = [f"| {' | '.join(columns)} |", "|---|---:|---:|---:|---|" + 7 * "---:|"]
     for name, rows in product(PASSES, PREDICTED_ROWS):
         backward = "backward" in name
         layer = Layer(rows, SQUARE, with_kl="KL" in name)
@@ -224,12 +225,14 @@ def predictions_table(facts: list[Facts]) -> str:
         ours = record(partial(layer.run, backward), 90)
         total = roofline.predict_all(ours, known)
         linear = roofline.predict_all(record(partial(run_linear, rows, SQUARE, backward), 90), known)
+        clean = roofline.predict_all(roofline.clean_layer(rows, SQUARE, layer.with_kl, backward), known)
         case = Case("forward+backward" if backward else "forward", square(SQUARE[0]), rows, "bf16")
         floors = case.bytes / roofline.BANDWIDTH, case.flop / roofline.FLOP_RATE
         times = [f"{1e6 * seconds:.0f} us" for seconds in (total.seconds, *floors, linear.seconds)]
         limit = f"{total.limit}, {total.name.strip('_').removesuffix('_kernel')}"
         share, ratio = max(floors) / total.seconds, total.seconds / linear.seconds
         cells = [name, rows, len(ours), times[0], limit, *times[1:3], f"{share:.0%}", times[3], f"{ratio:.2f}"]
+        cells += [f"{1e6 * clean.seconds:.0f} us", f"{total.seconds / clean.seconds:.2f}"]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
@@ -237,8 +240,9 @@ def predictions_table(facts: list[Facts]) -> str:
 def report(facts: list[Facts]) -> str:
     """Both tables, in Markdown."""
     return (
-        f"Triton {triton.__version__}. Predicted, not measured: a 4096 x 4096 layer on an H200, bf16 products, fp32 "
-        "parameters; nn.Linear with the casts of autocast.\n\n"
+        f"Triton {triton.__version__}. Predicted, not measured: a 4096 x 4096 layer on an H200, bf16 products, fp32\n"
+        "parameters. Forward without KL is without gradients. nn.Linear has the casts of autocast; of the clean layer\n"
+        "under torch.compile only the traffic is counted, not what it computes, so it may take longer.\n\n"
         f"{predictions_table(facts)}\n\n"
         f"Counted, on {' / '.join(f'sm_{target}' for target in TARGETS)} (· where a target has another tile):\n\n"
         f"{variants_table(facts)}\n"

@@ -91,6 +91,24 @@ def predict_all(launches: Sequence[KernelLaunch | Operation], known: dict[Varian
     return Prediction(longest.name, sum(prediction.seconds for prediction in each), longest.limit)
 
 
+def clean_layer(rows: int, shape: tuple[int, int], with_gradients: bool, backward: bool) -> list[Operation]:
+    """The least that torch.compile's clean layer can move under autocast to bf16, if nothing else limits it.
+
+    Per weight: mu and rho read and W written by one fused kernel, with eps kept in fp32 if gradients are wanted; W read
+    by the product. Backward: W read for dX; dL/dW written in bf16; it, eps, mu and rho read and both gradients written.
+    Its seed and the sum of its KL are launches without work; likewise the bias's gradient.
+    """
+    (N, K), activations = shape, 2 * rows * sum(shape)
+    weights, flop = N * K, 2 * rows * N * K
+    sampling = 8 + 2 + (4 if with_gradients else 0)
+    launches = [Operation("seed", 0, 0), Operation("sample", sampling * weights, 0), Operation("kl", 0, 0)]
+    launches.append(Operation("product", 2 * weights + activations, flop))
+    if backward:
+        launches += 2 * [Operation("product", 2 * weights + activations, flop)]
+        launches += [Operation("gradients", (2 + 4 + 8 + 8) * weights, 0), Operation("bias", 2 * rows * N, 0)]
+    return launches
+
+
 def _slowest(name: str, limits: dict[str, float]) -> Prediction:
     limit = max(limits, key=limits.__getitem__)
     return Prediction(name, max(limits.values()) + LAUNCH, limit if limits[limit] > LAUNCH else "launch")

@@ -52,7 +52,7 @@ def test_tile_configurations_are_valid(shape: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("kernel", ["forward", "backward_input"])
 def test_a_small_batch_is_one_pass_and_a_large_one_samples_once(kernel: Any) -> None:
-    for rows in (1, 16, 17, 32, 100, 128):
+    for rows in (1, 16, 17, 32, 100, 128, 256):
         config = select_config(kernel, (rows, 4096, 4096), torch.bfloat16, (9, 0))
         assert config.single_pass
         # One tile holds the batch, as a second would draw the weights again, and no half of it is empty.
