@@ -39,6 +39,7 @@ TARGETS = (80, 90, 100)
 ROWS = (16, 17, 32, 64, 128, 256, 257, 512, 1024, 4096, 16384, 1)
 SQUARE = (4096, 4096)
 SHAPES = (SQUARE, (1000, 1000), (10, 400), (4096, 1001))  # out_features, in_features
+TILE_ROWS = (16, 32, 64, 128, 256)  # one for each tile of 16-bit products
 TYPICAL_ROWS, SAMPLED_ROWS = 64, 4096  # one product that samples, and one of a matrix sampled before
 PREDICTED_ROWS = (1, 16, 64, 256, 1024, 4096)
 BATCH = 6  # variants that a worker compiles and then disassembles at once
@@ -53,7 +54,8 @@ class Layer(NamedTuple):
         shape: out_features and in_features.
         operands: "bf16", "fp16", "tf32" or "ieee".
         with_kl: whether forward and backward include the KL.
-        ragged: a shard that begins inside a quad, a prior per weight, several Monte Carlo samples.
+        shard: begins inside a quad.
+        prior_per_weight: and per bias; and several Monte Carlo samples.
         parameters: their dtype.
     """
 
@@ -61,20 +63,21 @@ class Layer(NamedTuple):
     shape: tuple[int, int]
     operands: str = "bf16"
     with_kl: bool = True
-    ragged: bool = False
+    shard: bool = False
+    prior_per_weight: bool = False
     parameters: torch.dtype = torch.float32
 
     def run(self, with_backward: bool = True) -> None:
         """Forward and backward on tensors without data."""
         M, (N, K) = self.rows, self.shape
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.operands, torch.float32)
-        shapes: tuple[tuple[int, ...], ...] = ((N, K), (N,)) if self.ragged else ((), ())
+        shapes: tuple[tuple[int, ...], ...] = ((N, K), (N,)) if self.prior_per_weight else ((), ())
         weight_prior, bias_prior = ([on_gpu(*s) if self.with_kl else None for _ in range(2)] for s in shapes)
         weight = [on_gpu(N, K, dtype=self.parameters).requires_grad_() for _ in range(2)]
         bias = [on_gpu(N, dtype=self.parameters).requires_grad_() for _ in range(2)]
         x = on_gpu(M, K, dtype=dtype).requires_grad_()
-        sample = on_gpu(dtype=torch.int64) if self.ragged else None
-        noise = draw_seed("meta"), sample, (0, 0, 3 if self.ragged else 0), (1, 0, 0)
+        sample = on_gpu(dtype=torch.int64) if self.prior_per_weight else None
+        noise = draw_seed("meta"), sample, (0, 0, 3 if self.shard else 0), (1, 0, 0)
         before, torch.backends.cuda.matmul.fp32_precision = torch.backends.cuda.matmul.fp32_precision, self._precision
         try:
             y, kl = ops.bayes_linear(x, *weight, *weight_prior, *bias, *bias_prior, *noise, self.with_kl)
@@ -119,9 +122,13 @@ def layers(capability: int) -> Iterator[tuple[Layer, bool]]:
         yield Layer(SAMPLED_ROWS, SQUARE, "tf32"), True
     if capability == 90:
         yield Layer(TYPICAL_ROWS, SQUARE, parameters=torch.bfloat16), True
-        yield Layer(TYPICAL_ROWS, (1001, 999), ragged=True), True
+        yield Layer(TYPICAL_ROWS, (1001, 999), shard=True, prior_per_weight=True), True
         for rows, with_kl in product(PREDICTED_ROWS, (True, False)):
             yield Layer(rows, SQUARE, with_kl=with_kl), True
+    for rows in TILE_ROWS:
+        yield Layer(rows, (1000, 1024)), True
+        yield Layer(rows, (1024, 1000)), True
+        yield Layer(rows, (1024, 1024), prior_per_weight=True), True
     for shape, operands, rows in product(SHAPES, ("bf16", "tf32", "ieee"), ROWS):
         yield Layer(rows, shape, operands), False
     yield Layer(SAMPLED_ROWS, SQUARE, with_kl=False), False

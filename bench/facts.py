@@ -92,6 +92,7 @@ def variant(launch: KernelLaunch) -> Variant:
         "KL": with_kl,
         "one batch row": arguments.get("M") == 1,
         "KL only": with_kl and not launch.draws,
+        "outputs that tiles do not divide": "KL_ROWS" in constants and constants["KL_ROWS"] == constants["BLOCK_N"],
         "sizes that tiles do not divide": not all(v for k, v in constants.items() if k.startswith("EVEN")),
         "single rows": constants.get("BLOCK_N") == 1,
         "no whole quads": not all(v for k, v in constants.items() if k.endswith("QUADS")),
@@ -152,7 +153,8 @@ def _costs(launch: KernelLaunch, facts: Facts, flow: sass.Flow) -> dict[str, Any
         if further.normals:
             costs["further_sample"] = further.instructions / further.normals
     if sass.has(flow.code(loop), sass.ASYNCHRONOUS_LOADS):
-        costs["ahead"] = max(1, launch.options.get("num_stages", 1) - 1)
+        # With two stages the copies of the next tile start when this one is done.
+        costs["ahead"] = max(0, launch.options.get("num_stages", 1) - 2)
     if counts.normals:
         # Four weights are one call of Philox: where there are more threads than calls, several draw the same.
         copies = max(1, 4 * facts.threads // tile) if facts.multiplies else 1

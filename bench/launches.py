@@ -154,8 +154,6 @@ class _Recorder(TorchDispatchMode):
 def record(run: Callable[[], object], capability: int) -> list[KernelLaunch | Operation]:
     """What `run` would launch on a GPU of this compute capability, in order."""
     recorder = _Recorder(capability)
-    multiprocessors = {80: 108, 90: 132, 100: 148}[capability]
-    properties = SimpleNamespace(multi_processor_count=multiprocessors)
 
     def launch(function: Any, *arguments: Any, **options: Any) -> None:
         recorder.launch(function, *arguments, **options)
@@ -163,8 +161,6 @@ def record(run: Callable[[], object], capability: int) -> list[KernelLaunch | Op
     with (
         mock.patch.object(JITFunction, "run", launch),
         mock.patch("torch.cuda.get_device_capability", return_value=divmod(capability, 10)),
-        mock.patch("torch.cuda.get_device_properties", return_value=properties),
-        mock.patch("torch.cuda.is_current_stream_capturing", return_value=False),
         mock.patch("torch.cuda.current_stream", return_value=SimpleNamespace(cuda_stream=0)),
         _target(capability),
         recorder,

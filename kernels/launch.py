@@ -52,7 +52,7 @@ def whole_quads(strides: Sequence[int]) -> bool:
 
 def with_near_rows(activations: Tensor, block: int) -> Tensor:
     """The activations, or a row-major copy if the offsets within a tile of `block` rows would not fit 32 bits."""
-    return activations if block * max(activations.stride()) < 2**31 else activations.contiguous()
+    return activations if block * sum(activations.stride()) < 2**31 else activations.contiguous()
 
 
 def capability(tensor: Tensor) -> tuple[int, int]:

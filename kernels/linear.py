@@ -261,7 +261,7 @@ def _linear_forward_kernel(
 
 def _kl_rows(outputs: int, config: MatmulConfig) -> int:
     """Rows of the tile that one pass of the threads covers, if no tile sticks out; else all of them."""
-    covered = 32 * config.num_warps * 4 // config.block_k
+    covered = max(1, 32 * config.num_warps * 4 // config.block_k)
     return config.block_n if outputs % config.block_n or covered > config.block_n else covered
 
 

@@ -281,6 +281,7 @@ def bayes_linear_backward_weight(
         BLOCK_K=config.block_k,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        maxnreg=config.max_registers,
+        # Priors that are loaded need registers too.
+        maxnreg=config.max_registers if all(scalar_priors(weight).values()) else None,
     )
     return *grads[0], *grads[1]

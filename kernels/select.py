@@ -53,13 +53,16 @@ def select_config(
     )
     config = next((config for rows, config in batches.items() if rows >= M), SAMPLE_ONCE)
     multiprocessors = _latest(_MULTIPROCESSORS, architecture)
-    if (
-        kernel == "backward_weight"
-        and triton.cdiv(N, config.block_n) * triton.cdiv(K, config.block_k) < multiprocessors
-    ):
-        # Half the tile for half the threads: more programs for a small layer.
+    few_tiles = triton.cdiv(N, config.block_n) * triton.cdiv(K, config.block_k) < multiprocessors
+    if kernel == "backward_weight" and few_tiles and M % config.block_m == 0:
+        # Half the tile for half the threads: more programs for a small layer. The masked step of a batch that the tile
+        # does not divide would weigh too much on it.
         config = replace(config, block_n=config.block_n // 2, num_warps=config.num_warps // 2, max_registers=None)
-    if not config.single_pass or not fits(kernel, config, shape):
+    # What sticks out of a tile costs registers and instructions, of which one with many batch rows has none to spare:
+    # it would spill, or be over its budget.
+    sticks_out = N % config.block_n != 0 or K % config.block_k != 0
+    crowded = kernel != "backward_weight" and config.block_m >= 128 and sticks_out
+    if not config.single_pass or crowded or not fits(kernel, config, shape):
         return SAMPLE_ONCE
     return replace(config, splits=_splits(kernel, config, shape, multiprocessors))
 

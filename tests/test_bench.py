@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bench import compare, implementations, measure, report, tune
 from bench.cases import Case, mlp, square
 from bench.models import Model
-from fusedbayes.kernels import MatmulConfig, table
+from fusedbayes.kernels import MatmulConfig, select, table
 
 CASE = Case("forward+backward", square(64), rows=40)
 
@@ -145,6 +145,6 @@ def test_candidate_search(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_search_writes_the_table_of_configurations() -> None:
     assert tune.render(table.MEASURED, table.TABLE) == Path(inspect.getfile(table)).read_text()
     one, other = MatmulConfig(16, 64, 64), MatmulConfig(64, 64, 64)
-    found = [(16, one), (32, dataclasses.replace(one, splits=4)), (64, other), (128, tune.SAMPLE_ONCE), (256, other)]
+    found = [(16, one), (32, dataclasses.replace(one, splits=4)), (64, other), (128, select.SAMPLE_ONCE), (256, other)]
     assert tune.best_batches(found) == {32: one, 64: other}
     assert tune.best_batches(found[:3]) == {32: one, table.ANY: other}

@@ -27,9 +27,7 @@ TILE = TileConfig(block_n=16, block_k=16)
 SINGLE_PASS = MatmulConfig(16, 16, 16)
 SPLIT = replace(SINGLE_PASS, splits=2)
 SAMPLE_ONCE = replace(SINGLE_PASS, single_pass=False)
-SHAPES = pytest.mark.parametrize(
-    "shape", [(33, 37, 44), (1, 21, 36), (16, 16, 16), (33, 37, 41), (1, 5, 3), (3, 1, 1), (0, 5, 3)], ids=str
-)
+SHAPES = pytest.mark.parametrize("shape", [(33, 37, 44), (1, 21, 36), (33, 5, 7), (3, 1, 1), (0, 5, 3)], ids=str)
 
 
 @pytest.mark.parametrize(

@@ -38,9 +38,7 @@ CONFIGS = pytest.mark.parametrize(
 
 @CONFIGS
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    "shape", [(33, 37, 44), (1, 21, 36), (16, 16, 16), (33, 37, 41), (1, 5, 3), (3, 1, 1), (0, 5, 3)], ids=str
-)
+@pytest.mark.parametrize("shape", [(33, 37, 44), (1, 21, 36), (33, 5, 7), (3, 1, 1), (0, 5, 3)], ids=str)
 def test_bayes_linear(
     kernel_device: str, shape: tuple[int, int, int], dtype: torch.dtype, config: MatmulConfig | None
 ) -> None:
