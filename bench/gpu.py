@@ -20,21 +20,11 @@ import pytest
 import torch
 
 from bench import report, tune
+from bench.deadline import Deadline
 
 ROOT = Path(__file__).parent.parent
 # When the tests, the benchmark and the candidate search have to be done, as shares of the time.
 TESTS_END, BENCH_END, TUNE_END = 0.35, 0.75, 0.97
-
-
-class Deadline:
-    """A pytest plugin that skips what would begin after the `end`, a time of time.monotonic()."""
-
-    def __init__(self, end: float) -> None:
-        self.end = end
-
-    def pytest_runtest_setup(self, item: pytest.Item) -> None:
-        if time.monotonic() > self.end:
-            pytest.skip("out of time")
 
 
 def _program(main: Callable[[], None], *arguments: str) -> int:
@@ -70,8 +60,8 @@ def main() -> None:
     tests = [str(ROOT / "tests"), "-m", "gpu", "-q", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
     bench = [str(ROOT / "bench"), "--full", "-q", "-rs", "-p", "no:cacheprovider", f"--records={records}"]
     steps: dict[str, Callable[[], int]] = {
-        "tests": lambda: int(pytest.main(tests, plugins=[Deadline(tests_end)])),
-        "bench": lambda: int(pytest.main(bench, plugins=[Deadline(bench_end)])),
+        "tests": lambda: int(pytest.main(tests, plugins=[Deadline(tests_end - time.monotonic())])),
+        "bench": lambda: int(pytest.main([*bench, f"--minutes={(bench_end - time.monotonic()) / 60}"])),
         "report": lambda: _program(report.main, str(records), "--out", str(out), "--save", "full"),
         "tune": lambda: _program(
             tune.main, "--out", str(out / "tune.json"), "--seconds", str(tune_end - time.monotonic())
