@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 1024  # elements that a program of the second stage adds up
+PARTS = tl.constexpr(1024)  # of a sum over programs, added at once
 
 _counters: dict[torch.device, Tensor] = {}  # see `arrival_counter`
 
@@ -69,9 +70,9 @@ def sum_in_order(
     tl.store(partial_ptr + part, partial)
     arrived = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
     if arrived == parts - 1:
-        sums = tl.zeros((1024,), tl.float32)
-        for begin in range(0, parts, 1024):
-            each = begin + tl.arange(0, 1024)
+        sums = tl.zeros((PARTS,), tl.float32)
+        for begin in range(0, parts, PARTS):
+            each = begin + tl.arange(0, PARTS)
             # From the L2 cache, where the other programs' stores are.
             sums += tl.load(partial_ptr + each, mask=each < parts, other=0.0, cache_modifier=".cg")
         tl.store(total_ptr, tl.sum(sums))
