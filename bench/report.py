@@ -16,6 +16,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.ticker import LogFormatter
 
 from bench.cases import GROUPS
 from bench.implementations import BASELINE, OURS, REFERENCE
@@ -27,7 +28,7 @@ RESULTS = Path(__file__).parent / "results"
 COLORS = {
     BASELINE: "0.6",
     OURS: "black",
-    REFERENCE: "tab:gray",
+    REFERENCE: "tab:purple",
     "torch.compile": "tab:red",
     "bayesian-torch reparam": "tab:blue",
     "bayesian-torch flipout": "tab:cyan",
@@ -118,6 +119,7 @@ def draw_ratios(records: list[Record], out: Path) -> list[Path]:
         axes.set_yticks(range(len(rows)), list(rows))
         axes.set(xscale="log", xlabel="time relative to nn.Linear", title=group)
         axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(LogFormatter())
         axes.invert_yaxis()
         figure.legend(loc="outside lower center", ncols=4)
         paths.append(_save(figure, out / f"ratios-{slug(group)}.png"))
