@@ -1,5 +1,38 @@
-"""Everything is declared in pyproject.toml; this file is where native extensions will be built."""
+"""The native extension; everything else is declared in pyproject.toml.
 
-from setuptools import setup
+It is optional: where it does not compile, installation goes on, and PyTorch computes in its place. Plain C functions in
+a shared library, which the package loads with ctypes: no headers of torch or Python, so a build serves any version.
+"""
 
-setup()
+import hashlib
+from pathlib import Path
+
+from setuptools import Extension, setup
+
+FOLDER = "kernels/cpu"
+SOURCES = ("fused.cpp", "passes.h")  # fusedbayes.kernels.cpu.library computes the same hash
+
+content = b"".join((Path(__file__).parent / FOLDER / name).read_bytes() for name in SOURCES)
+source_hash = int.from_bytes(hashlib.sha256(content).digest()[:4], "big")
+
+setup(
+    ext_modules=[
+        Extension(
+            "fusedbayes.kernels.cpu._fused",
+            [f"{FOLDER}/fused.cpp"],
+            depends=[f"{FOLDER}/passes.h"],
+            define_macros=[("FUSEDBAYES_SOURCE_HASH", f"{source_hash}u")],
+            extra_compile_args=[
+                "-std=c++17",
+                "-O3",
+                "-fno-math-errno",
+                "-fno-trapping-math",
+                "-pthread",
+                "-Wno-psabi",  # vectors are passed between functions that are inlined
+                "-Wno-maybe-uninitialized",  # in GCC's own headers
+            ],
+            extra_link_args=["-pthread"],
+            optional=True,
+        )
+    ]
+)

@@ -6,15 +6,18 @@ from fusedbayes.diagnostics import gradient_balance, kl_report
 from fusedbayes.functional import gaussian_kl
 from fusedbayes.nn import BayesLinear
 from fusedbayes.objective import ELBO, ElboOutput, kl_loss
+from fusedbayes.ops.backend import Backend, backend_info, use_reference
 from fusedbayes.predict import Prediction, frozen_sample, mean_mode, predict
 from fusedbayes.version import __version__
 
 __all__ = [
     "ELBO",
+    "Backend",
     "BayesLinear",
     "ElboOutput",
     "Prediction",
     "__version__",
+    "backend_info",
     "frozen_sample",
     "functional",
     "gaussian_kl",
@@ -29,4 +32,5 @@ __all__ = [
     "schedules",
     "to_bayesian",
     "to_deterministic",
+    "use_reference",
 ]

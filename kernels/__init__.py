@@ -1,33 +1,36 @@
-"""Triton kernels and their launchers, one pair per idea.
+"""The kernels and their launchers: Triton's for CUDA here, C++ for the CPU in `fusedbayes.kernels.cpu`.
 
 Each launcher takes and returns tensors like the operator of the same name in `fusedbayes.ops`, allocates its outputs,
-chooses a configuration unless given one, and validates nothing. On CPU tensors the kernels run through Triton's
+chooses a configuration unless given one, and validates nothing. On CPU tensors the Triton kernels run through Triton's
 interpreter (set ``TRITON_INTERPRET=1`` before the first import), which is how they are tested without a GPU.
 """
+
+from importlib import import_module
+from typing import Any
 
 if __name__ != "fusedbayes.kernels":
     raise ImportError(f"import this package as fusedbayes.kernels, not as {__name__}")
 
-from fusedbayes.kernels.config import MatmulConfig, TileConfig
-from fusedbayes.kernels.linear import bayes_linear
-from fusedbayes.kernels.linear_backward_input import bayes_linear_backward_input
-from fusedbayes.kernels.linear_backward_weight import bayes_linear_backward_weight
-from fusedbayes.kernels.noise import normal_tile, philox_words
-from fusedbayes.kernels.sample import sample_weight, weight_kl
-from fusedbayes.kernels.sample_backward import sample_weight_backward
-from fusedbayes.kernels.select import select_config, select_tile_config
+_MODULES = {
+    "MatmulConfig": "config",
+    "TileConfig": "config",
+    "bayes_linear": "linear",
+    "bayes_linear_backward_input": "linear_backward_input",
+    "bayes_linear_backward_weight": "linear_backward_weight",
+    "normal_tile": "noise",
+    "philox_words": "noise",
+    "sample_weight": "sample",
+    "sample_weight_backward": "sample_backward",
+    "select_config": "select",
+    "select_tile_config": "select",
+    "weight_kl": "sample",
+}
 
-__all__ = [
-    "MatmulConfig",
-    "TileConfig",
-    "bayes_linear",
-    "bayes_linear_backward_input",
-    "bayes_linear_backward_weight",
-    "normal_tile",
-    "philox_words",
-    "sample_weight",
-    "sample_weight_backward",
-    "select_config",
-    "select_tile_config",
-    "weight_kl",
-]
+__all__ = list(_MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    """Imports Triton with the first of its launchers that is asked for: the CPU kernel does without."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__} has no attribute {name}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -1,6 +1,7 @@
 """The operators ``torch.ops.fusedbayes.*``: schemas, autograd, and who computes them where.
 
-On CUDA Triton computes them, anywhere else PyTorch after `fusedbayes.reference`. For its backward an operator keeps
+On CUDA Triton computes them, on the CPU a C++ kernel if it is built (see `backend_info`), anywhere else PyTorch after
+`fusedbayes.reference`. For its backward an operator keeps
 what it was given and nothing else; the noise is drawn again from the seed. Inputs are validated by
 `fusedbayes.functional`.
 """
@@ -12,7 +13,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.library import Library, register_fake
 
-from fusedbayes.ops import autograd, cuda, eager, fake
+from fusedbayes.ops import autograd, cpu, cuda, eager, fake
 
 # An address is (stream, row_offset, column_offset): fusedbayes.noise.Address. sample is a 0-d int64 tensor, because an
 # int would have torch.compile compile every Monte Carlo sample anew; None means 0. Parameters are 2-D, a bias in
@@ -41,6 +42,7 @@ _library = Library("fusedbayes", "DEF")
 for _name, _schema in _SCHEMAS.items():
     _library.define(_name + _schema)
     _library.impl(_name, getattr(eager, _name), "CompositeExplicitAutograd")
+    _library.impl(_name, cpu.implementation(_name), "CPU")
     _library.impl(_name, cuda.implementation(_name), "CUDA")
     register_fake(f"fusedbayes::{_name}", getattr(fake, _name), lib=_library)
 for _name in autograd.DIFFERENTIABLE:

@@ -1,0 +1,83 @@
+"""Which implementation of the operators is in use, and why."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+
+from fusedbayes.kernels import cpu
+
+_reference_only = 0
+
+
+class Backend(NamedTuple):
+    """What computes on a kind of device.
+
+    Attributes:
+        name: "native" (the C++ kernel), "triton", or "reference" (PyTorch).
+        reason: why that one, in words.
+    """
+
+    name: str
+    reason: str
+
+
+@contextmanager
+def use_reference() -> Iterator[None]:
+    """Has PyTorch compute every operator, on every device and in every thread, as `fusedbayes.reference` defines it.
+
+    For checking and debugging. A backward pass takes what is in use when it runs, not what its forward pass took; both
+    draw the same noise.
+
+    Example:
+        >>> with fusedbayes.use_reference():
+        ...     y = model(x)
+    """
+    global _reference_only
+    _reference_only += 1
+    try:
+        yield
+    finally:
+        _reference_only -= 1
+
+
+def backend_info() -> dict[str, Backend]:
+    """Says what computes on the CPU and on CUDA, and why.
+
+    Returns:
+        A `Backend` for each of "cpu" and "cuda". Tensors of float64 are PyTorch's in any case, and float16 on the CPU.
+    """
+    return {"cpu": _cpu(), "cuda": _cuda()}
+
+
+def reference_only() -> bool:
+    """Whether `use_reference` is active."""
+    return _reference_only > 0
+
+
+def native() -> bool:
+    """Whether the CPU kernel computes."""
+    return not _reference_only and isinstance(cpu.load(), cpu.Library)
+
+
+def _cpu() -> Backend:
+    if reference_only():
+        return Backend("reference", "inside fusedbayes.use_reference()")
+    library = cpu.load()
+    if isinstance(library, str):
+        return Backend("reference", library)
+    pool = "torch's OpenMP threads" if library.parallel else "threads of its own"
+    return Backend("native", f"built for this machine: {library.instruction_set}, {torch.get_num_threads()} of {pool}")
+
+
+def _cuda() -> Backend:
+    if reference_only():
+        return Backend("reference", "inside fusedbayes.use_reference()")
+    if not torch.cuda.is_available():
+        return Backend("reference", "torch sees no CUDA device")
+    try:
+        import triton
+    except ImportError as error:
+        return Backend("reference", f"Triton does not import: {error}")
+    return Backend("triton", f"Triton {triton.__version__} on {torch.cuda.get_device_name()}")

@@ -1,0 +1,198 @@
+// Sampling, KL and gradients of Gaussian weights on a CPU, in one pass over the parameters: see docs/cpu.md.
+//
+// Plain functions over pointers, called through ctypes by kernels/cpu/native.py, which mirrors the structures below.
+// passes.h is compiled once for each instruction set; which one runs is the caller's choice at run time.
+
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define INLINE inline __attribute__((always_inline))
+
+namespace {
+
+enum Type : int32_t { FLOAT32, BFLOAT16 };
+enum Output : int32_t { NONE, WEIGHT, NORMAL, VARIANCE };
+
+struct Operand {
+    void* data;
+    int64_t type;
+};
+
+struct Noise {
+    uint32_t key0, key1, sample, stream;
+};
+
+typedef void (*Worker)(void*);
+typedef void (*Parallel)(Worker, void*, unsigned threads, unsigned flags);  // GOMP_parallel of the runtime in use
+
+struct Problem {
+    Operand weight, grad_mu, grad_rho;  // results; (rows, columns), row-major
+    Operand mu, rho, prior_mu, prior_sigma, grad_weight;
+    const float* grad_kl;
+    Noise noise;
+    int64_t rows, columns, row_offset, column_offset;
+    int64_t output, scalar_prior;
+    Parallel parallel;
+    int64_t threads, instruction_set;
+};
+
+constexpr int SEGMENT = 1024;         // columns of a row that are worked on at a time
+constexpr int64_t CHUNK = 16 * 1024;  // weights that a thread takes at a time, about 20 us of work
+constexpr float SIGMA_FLOOR = 0x1p-126f;
+constexpr float LN_2 = 0.69314718f, LN_2_HIGH = 0x1.62e4p-1f, LN_2_LOW = 1.4286068e-06f, LOG2_E = 1.44269504f;
+constexpr float ROUND_TO_INTEGER = 0x1.8p23f;  // added and taken off again
+
+}  // namespace
+
+#if defined(__x86_64__)
+
+#if defined(__clang__)
+#define TARGET_BEGIN(features) _Pragma(STRING(clang attribute push(__attribute__((target(features))), apply_to = function)))
+#define TARGET_END _Pragma("clang attribute pop")
+#else
+#define TARGET_BEGIN(features) _Pragma("GCC push_options") _Pragma(STRING(GCC target(features)))
+#define TARGET_END _Pragma("GCC pop_options")
+#endif
+#define STRING(...) #__VA_ARGS__
+
+TARGET_BEGIN("avx512f,avx512dq,avx512vl,avx512bw,avx2,fma")
+#define isa avx512
+#define LANES 16
+#include "passes.h"
+#undef LANES
+#undef isa
+TARGET_END
+
+TARGET_BEGIN("avx2,fma")
+#define isa avx2
+#define LANES 8
+#define FUSEDBAYES_AVX2
+#include "passes.h"
+#undef FUSEDBAYES_AVX2
+#undef LANES
+#undef isa
+TARGET_END
+
+#endif
+
+#define isa portable
+#define LANES 4
+#include "passes.h"
+#undef LANES
+#undef isa
+
+namespace {
+
+// What is computed of one stretch of a row; its part of the KL comes back.
+typedef double (*Pass)(const Problem&, int64_t row, int64_t first_column, int columns);
+
+struct Job {
+    const Problem& problem;
+    Pass pass;
+    int64_t segments, stretches, per_chunk;
+    std::vector<double> results;  // one for each chunk, so that their sum does not depend on who worked on which
+    std::atomic<int64_t> next{0};
+
+    Job(const Problem& p, Pass pass) : problem(p), pass(pass) {
+        segments = (p.columns + SEGMENT - 1) / SEGMENT;
+        stretches = p.rows * segments;
+        const int64_t length = p.columns < SEGMENT ? p.columns : SEGMENT;
+        per_chunk = length < CHUNK ? CHUNK / (length ? length : 1) : 1;
+        results.assign((stretches + per_chunk - 1) / per_chunk, 0.0);
+    }
+
+    void work() {
+        for (;;) {
+            const int64_t chunk = next.fetch_add(1, std::memory_order_relaxed);
+            if (chunk >= (int64_t)results.size()) return;
+            double sum = 0.0;
+            const int64_t end = (chunk + 1) * per_chunk < stretches ? (chunk + 1) * per_chunk : stretches;
+            for (int64_t stretch = chunk * per_chunk; stretch < end; stretch++) {
+                const int64_t row = stretch / segments, first = stretch % segments * SEGMENT;
+                const int64_t left = problem.columns - first;
+                sum += pass(problem, row, first, (int)(left < SEGMENT ? left : SEGMENT));
+            }
+            results[chunk] = sum;
+        }
+    }
+
+    void run_on_new_threads(int64_t others) {
+        std::vector<std::thread> started;
+        try {
+            for (int64_t i = 0; i < others; i++) started.emplace_back(work_on, this);
+        } catch (const std::system_error&) {
+            // As many as there are will do.
+        }
+        work();
+        for (std::thread& thread : started) thread.join();
+    }
+
+    static void work_on(void* job) { ((Job*)job)->work(); }
+
+    double run() {
+        const int64_t threads = problem.threads < (int64_t)results.size() ? problem.threads : (int64_t)results.size();
+        if (threads > 1 && problem.parallel) {
+            problem.parallel(work_on, this, (unsigned)threads, 0);
+        } else {
+            run_on_new_threads(threads - 1);
+        }
+        double total = 0.0;
+        for (double result : results) total += result;
+        return total;
+    }
+};
+
+struct Passes {
+    Pass forward, backward;
+};
+
+// By number: 0 portable, 1 AVX2, 2 AVX-512.
+const Passes PASSES[] = {
+    {portable::forward_pass, portable::backward_pass},
+#if defined(__x86_64__)
+    {avx2::forward_pass, avx2::backward_pass},
+    {avx512::forward_pass, avx512::backward_pass},
+#endif
+};
+
+}  // namespace
+
+#ifndef FUSEDBAYES_SOURCE_HASH
+#define FUSEDBAYES_SOURCE_HASH 0
+#endif
+
+extern "C" {
+
+// What setup.py took from the sources: a build that is older than they are is not used.
+uint32_t fusedbayes_source_hash() { return FUSEDBAYES_SOURCE_HASH; }
+
+// The best instruction set of this machine, by number.
+int64_t fusedbayes_instruction_set() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw"))
+        return 2;
+    if (avx2) return 1;
+#endif
+    return 0;
+}
+
+// Writes what `output` says into `weight`; returns the KL, or 0 without a prior.
+double fusedbayes_forward(const Problem* problem) {
+    return Job(*problem, PASSES[problem->instruction_set].forward).run();
+}
+
+// Writes grad_mu and grad_rho, and the weight again where it has a place.
+void fusedbayes_backward(const Problem* problem) { Job(*problem, PASSES[problem->instruction_set].backward).run(); }
+}

@@ -1,0 +1,122 @@
+"""The compiled library: where it is, what it takes, and why it is not there if it is not."""
+
+import ctypes
+import functools
+import hashlib
+from dataclasses import dataclass
+from enum import IntEnum
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+
+FOLDER = Path(__file__).parent
+SOURCES = ("fused.cpp", "passes.h")
+
+# What follows mirrors the declarations of the same names in fused.cpp.
+INSTRUCTION_SETS = ("portable", "avx2", "avx512")
+TYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+class Output(IntEnum):
+    """What a forward pass writes beside the KL."""
+
+    NONE = 0
+    WEIGHT = 1
+    NORMAL = 2
+    VARIANCE = 3
+
+
+class Operand(ctypes.Structure):
+    """A row-major tensor; one that is absent is null."""
+
+    _fields_ = (("data", ctypes.c_void_p), ("type", ctypes.c_int64))
+
+
+class Noise(ctypes.Structure):
+    """What is the same for all elements of a tensor."""
+
+    _fields_ = tuple((name, ctypes.c_uint32) for name in ("key0", "key1", "sample", "stream"))
+
+
+class Problem(ctypes.Structure):
+    """The arguments of a pass."""
+
+    _fields_ = (
+        *((name, Operand) for name in ("weight", "grad_mu", "grad_rho")),
+        *((name, Operand) for name in ("mu", "rho", "prior_mu", "prior_sigma", "grad_weight")),
+        ("grad_kl", ctypes.c_void_p),
+        ("noise", Noise),
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "row_offset", "column_offset")),
+        *((name, ctypes.c_int64) for name in ("output", "scalar_prior")),
+        ("parallel", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("threads", "instruction_set")),
+    )
+
+
+@dataclass(frozen=True)
+class Library:
+    """The functions of fused.cpp.
+
+    Attributes:
+        instruction_set: which of INSTRUCTION_SETS they use.
+        parallel: address of GOMP_parallel in the OpenMP runtime that torch uses, so that both share its threads; None
+            starts threads for each call.
+    """
+
+    functions: ctypes.CDLL
+    instruction_set: str
+    parallel: int | None
+
+    def forward(self, problem: Problem, threads: int) -> float:
+        """Writes the output that `problem` asks for; returns the KL, 0 without a prior."""
+        return self.functions.fusedbayes_forward(self._prepared(problem, threads))
+
+    def backward(self, problem: Problem, threads: int) -> None:
+        """Writes the gradients."""
+        self.functions.fusedbayes_backward(self._prepared(problem, threads))
+
+    def _prepared(self, problem: Problem, threads: int) -> "ctypes._CArgObject":
+        problem.parallel, problem.threads = self.parallel, threads
+        problem.instruction_set = INSTRUCTION_SETS.index(self.instruction_set)
+        return ctypes.byref(problem)
+
+
+def source_hash() -> int | None:
+    """A hash of the C++ beside this file; None where it is not installed. setup.py compiles the same hash in."""
+    sources = [FOLDER / name for name in SOURCES]
+    if not all(source.exists() for source in sources):
+        return None
+    content = b"".join(source.read_bytes() for source in sources)
+    return int.from_bytes(hashlib.sha256(content).digest()[:4], "big")
+
+
+@functools.cache
+def load() -> Library | str:
+    """The library with the best instruction set of this machine, or why there is none."""
+    paths = [path for suffix in EXTENSION_SUFFIXES if (path := FOLDER / f"_fused{suffix}").exists()]
+    if not paths:
+        return "the C++ extension was not built: pip install with a C++ compiler (g++ or clang++) builds it"
+    try:
+        functions = ctypes.CDLL(str(paths[0]))
+    except OSError as error:
+        return f"the C++ extension does not load: {error}"
+    functions.fusedbayes_source_hash.restype = ctypes.c_uint32
+    if source_hash() not in (None, functions.fusedbayes_source_hash()):
+        return f"{paths[0].name} was built from other sources: install the package again"
+    functions.fusedbayes_forward.restype = ctypes.c_double
+    functions.fusedbayes_backward.restype = None
+    functions.fusedbayes_instruction_set.restype = ctypes.c_int64
+    try:
+        # Among the symbols of the process, since torch loads its OpenMP runtime for all to see.
+        parallel = ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value
+    except (AttributeError, OSError, TypeError):
+        parallel = None
+    return Library(functions, INSTRUCTION_SETS[functions.fusedbayes_instruction_set()], parallel)
+
+
+def library() -> Library:
+    """The library; there must be one."""
+    loaded = load()
+    assert isinstance(loaded, Library), loaded
+    return loaded
