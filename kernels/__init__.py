@@ -15,6 +15,7 @@ _MODULES = {
     "MatmulConfig": "config",
     "TileConfig": "config",
     "bayes_linear": "linear",
+    "bayes_linear_backward": "linear_backward",
     "bayes_linear_backward_input": "linear_backward_input",
     "bayes_linear_backward_weight": "linear_backward_weight",
     "normal_tile": "noise",

@@ -24,8 +24,9 @@ BACKWARD: dict[str, Callable[[Problem], Sequence[Any]]] = {
     "sample_weight_backward:both": lambda p: (p.weight[0], p.grad_kl, *p.weight, *p.noise),
     "sample_weight_backward:weight": lambda p: (p.weight[0], None, *p.weight, *p.noise),
     "sample_weight_backward:kl": lambda p: (None, p.grad_kl, *p.weight, None, None, p.weight_address),
-    "bayes_linear_backward_input": lambda p: p.backward_input,
-    "bayes_linear_backward_weight": lambda p: p.backward_weight,
+    "bayes_linear_backward": lambda p: p.backward,
+    "bayes_linear_backward:input": lambda p: (*p.backward_weight, True, False),
+    "bayes_linear_backward:weight": lambda p: (*p.backward_weight, False, True),
 }
 OPERATORS = DIFFERENTIABLE | BACKWARD
 

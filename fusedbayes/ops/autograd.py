@@ -121,23 +121,21 @@ class _BayesLinear(_Operator):
         grad_x = None
         grad_weights: tuple[Tensor | None, ...] = (None, None)
         grad_biases: tuple[Tensor | None, ...] = (None, None)
-        if grad_y is not None and needs_x:
-            grad_x = ops.bayes_linear_backward_input.default(grad_y, *weight[:2], seed, sample, weight_address)
-        if needs_weight and grad_y is not None:
-            # A bias comes along in the same launch.
+        if grad_y is not None and (needs_x or needs_weight):
+            # A bias comes along with the weight.
             bias_or_none = bias if needs_bias else (None,) * 4
-            noises = (seed, sample, weight_address, bias_address)
-            grads = ops.bayes_linear_backward_weight.default(grad_y, grad_kl, x, *weight, *bias_or_none, *noises)
-            grad_weights, grad_biases = grads[:2], grads[2:] if needs_bias else (None, None)
-        else:
+            noises, needs = (seed, sample, weight_address, bias_address), (needs_x, needs_weight)
+            grads = ops.bayes_linear_backward.default(grad_y, grad_kl, x, *weight, *bias_or_none, *noises, *needs)
+            grad_x = grads[0] if needs_x else None
             if needs_weight:
-                noise = (seed, sample, weight_address)
-                grad_weights = ops.sample_weight_backward.default(None, grad_kl, *weight, *noise)
-            if needs_bias:
-                grad_bias = None if grad_y is None else grad_y.sum(0, keepdim=True, dtype=compute_dtype(grad_y))
-                rows = [t if t is None or t.dim() == 0 else t[None] for t in bias]
-                grad_rows = ops.sample_weight_backward.default(grad_bias, grad_kl, *rows, seed, sample, bias_address)
-                grad_biases = grad_rows[0][0], grad_rows[1][0]
+                grad_weights, grad_biases = grads[1:3], grads[3:] if needs_bias else (None, None)
+        elif needs_weight:
+            grad_weights = ops.sample_weight_backward.default(None, grad_kl, *weight, seed, sample, weight_address)
+        if needs_bias and (grad_y is None or not needs_weight):
+            grad_bias = None if grad_y is None else grad_y.sum(0, keepdim=True, dtype=compute_dtype(grad_y))
+            rows = [t if t is None or t.dim() == 0 else t[None] for t in bias]
+            grad_rows = ops.sample_weight_backward.default(grad_bias, grad_kl, *rows, seed, sample, bias_address)
+            grad_biases = grad_rows[0][0], grad_rows[1][0]
         return grad_x, *grad_weights, None, None, *grad_biases, *[None] * 7
 
 

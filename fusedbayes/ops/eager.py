@@ -92,13 +92,7 @@ def bayes_linear(
     return y, kl
 
 
-def bayes_linear_backward_input(
-    grad_y: Tensor, mu: Tensor, rho: Tensor, seed: Tensor, sample: Tensor | None, address: Sequence[int]
-) -> Tensor:
-    return grad_y @ reference.sample_weight(mu, rho, seed, _or_zero(sample), Address(*address), grad_y.dtype)
-
-
-def bayes_linear_backward_weight(
+def bayes_linear_backward(
     grad_y: Tensor,
     grad_kl: Tensor | None,
     x: Tensor,
@@ -114,14 +108,23 @@ def bayes_linear_backward_weight(
     sample: Tensor | None,
     weight_address: Sequence[int],
     bias_address: Sequence[int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    needs_x: bool,
+    needs_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grad_x, absent = grad_y.new_empty(0), weight_mu.new_empty(0)
+    if needs_x:
+        noise = (seed, _or_zero(sample), Address(*weight_address))
+        grad_x = grad_y @ reference.sample_weight(weight_mu, weight_rho, *noise, grad_y.dtype)
+    if not needs_weight:
+        # An operator's results are tensors of their own.
+        return grad_x, *(absent.clone() for _ in range(4))
     weight = (weight_mu, weight_rho, weight_prior_mu, weight_prior_sigma)
     grads = sample_weight_backward(grad_y.t() @ x, grad_kl, *weight, seed, sample, weight_address)
     if bias_mu is None or bias_rho is None:
-        return *grads, weight_mu.new_empty(0), weight_mu.new_empty(0)
+        return grad_x, *grads, absent, absent.clone()
     grad_bias = grad_y.sum(0, dtype=compute_dtype(grad_y))
     bias = (bias_mu, bias_rho, bias_prior_mu, bias_prior_sigma)
-    return *grads, *sample_weight_backward(grad_bias, grad_kl, *bias, seed, sample, bias_address)
+    return grad_x, *grads, *sample_weight_backward(grad_bias, grad_kl, *bias, seed, sample, bias_address)
 
 
 def _no_kl(mu: Tensor) -> Tensor:

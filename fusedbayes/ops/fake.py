@@ -29,18 +29,13 @@ def bayes_linear(x: Tensor, weight_mu: Tensor, *rest: Any) -> tuple[Tensor, Tens
     return x.new_empty((x.shape[0], weight_mu.shape[0])), _kl(weight_mu, rest[-1])
 
 
-def bayes_linear_backward_input(grad_y: Tensor, mu: Tensor, *_: Any) -> Tensor:
-    return grad_y.new_empty((grad_y.shape[0], mu.shape[1]))
-
-
-def bayes_linear_backward_weight(
-    grad_y: Any, grad_kl: Any, x: Any, mu: Tensor, rho: Tensor, prior_mu: Any, prior_sigma: Any, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    bias_mu, bias_rho, *_ = rest
-    grads = mu.new_empty(mu.shape), rho.new_empty(rho.shape)
-    if bias_mu is None:
-        return *grads, mu.new_empty(0), mu.new_empty(0)
-    return *grads, bias_mu.new_empty(bias_mu.shape), bias_rho.new_empty(bias_rho.shape)
+def bayes_linear_backward(
+    grad_y: Tensor, grad_kl: Any, x: Tensor, mu: Tensor, rho: Tensor, prior_mu: Any, prior_sigma: Any, *rest: Any
+) -> tuple[Tensor, ...]:
+    bias_mu, bias_rho, *_, needs_x, needs_weight = rest
+    parameters = [parameter if needs_weight else None for parameter in (mu, rho, bias_mu, bias_rho)]
+    grads = (mu.new_empty(0) if p is None else p.new_empty(p.shape) for p in parameters)
+    return grad_y.new_empty(x.shape if needs_x else 0), *grads
 
 
 def _kl(mu: Tensor, with_kl: bool) -> Tensor:

@@ -15,8 +15,7 @@ from fusedbayes.kernels.cpu.library import TYPES, Library, Noise, Operand, Outpu
 __all__ = [
     "Library",
     "bayes_linear",
-    "bayes_linear_backward_input",
-    "bayes_linear_backward_weight",
+    "bayes_linear_backward",
     "load",
     "normal",
     "sample_weight",
@@ -153,23 +152,30 @@ def sample_weight_backward(
 ) -> tuple[Tensor, Tensor]:
     """dmu and drho."""
     key = None if seed is None else (seed, sample, address)
-    return _gradients(grad_weight, grad_kl, (mu, rho, prior_mu, prior_sigma), key, mu.new_empty(mu.shape))
+    grads = mu.new_empty(mu.shape), rho.new_empty(rho.shape)
+    _backward(grad_weight, grad_kl, (mu, rho, prior_mu, prior_sigma), key, grads)
+    return grads
 
 
-def _gradients(
-    grad_weight: Tensor | None, grad_kl: Tensor | None, parameter: Parameter, key: Key | None, grad_mu: Tensor
-) -> tuple[Tensor, Tensor]:
-    mu, rho, prior_mu, _ = parameter
-    with_kl = grad_kl is not None and prior_mu is not None
+def _backward(
+    grad_weight: Tensor | None,
+    grad_kl: Tensor | None,
+    parameter: Parameter,
+    key: Key | None,
+    grads: tuple[Tensor, Tensor],
+    weight: Tensor | None = None,
+) -> None:
+    """Writes dmu and drho, and into `weight` the weight again."""
+    with_kl = grad_kl is not None and parameter[2] is not None
     call = _Call(parameter, key, with_kl)
-    if with_kl:
+    if grad_kl is not None and with_kl:
         call.set_grad_kl(grad_kl)
     if grad_weight is not None and key is not None:
         call.read(grad_weight=grad_weight)
-    grad_rho = rho.new_empty(rho.shape)
-    call.write(grad_mu=grad_mu, grad_rho=grad_rho)
+    call.write(grad_mu=grads[0], grad_rho=grads[1])
+    if weight is not None:
+        call.write(weight=weight)
     call.backward()
-    return grad_mu, grad_rho
 
 
 def weight_kl(mu: Tensor, rho: Tensor, prior_mu: Tensor | None, prior_sigma: Tensor | None) -> Tensor:
@@ -204,16 +210,7 @@ def bayes_linear(
     return F.linear(x, weight, bias), _kl(kl, weight_mu, with_kl)
 
 
-def bayes_linear_backward_input(
-    grad_y: Tensor, mu: Tensor, rho: Tensor, seed: Tensor, sample: Tensor | None, address: Sequence[int]
-) -> Tensor:
-    """dX = dY W with W drawn again."""
-    key = (seed, sample, address)
-    weight, _ = _forward((mu, rho, None, None), key, Output.WEIGHT, grad_y.dtype, False)
-    return grad_y @ weight
-
-
-def bayes_linear_backward_weight(
+def bayes_linear_backward(
     grad_y: Tensor,
     grad_kl: Tensor | None,
     x: Tensor,
@@ -229,15 +226,23 @@ def bayes_linear_backward_weight(
     sample: Tensor | None,
     weight_address: Sequence[int],
     bias_address: Sequence[int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dmu and drho of weight and bias, from G = dY^T X and the sum of dY over the batch."""
-    weight = (weight_mu, weight_rho, weight_prior_mu, weight_prior_sigma)
+    needs_x: bool,
+    needs_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dX = dY W, and dmu and drho of weight and bias from dY^T X and the sum of dY; the noise is drawn once for all."""
+    parameter, key = (weight_mu, weight_rho, weight_prior_mu, weight_prior_sigma), (seed, sample, weight_address)
+    if not needs_weight:
+        weight, _ = _forward(parameter, key, Output.WEIGHT, grad_y.dtype, False)
+        return grad_y @ weight, *(weight_mu.new_empty(0) for _ in range(4))
     grad_weight = grad_y.t() @ x
-    # dmu takes the place of G: the C++ reads an element before it writes it.
+    # dmu takes the place of dY^T X: the C++ reads an element before it writes it.
     grad_mu = grad_weight if grad_weight.dtype == weight_mu.dtype else weight_mu.new_empty(weight_mu.shape)
-    grads = _gradients(grad_weight, grad_kl, weight, (seed, sample, weight_address), grad_mu)
+    grads = grad_mu, weight_rho.new_empty(weight_rho.shape)
+    drawn = grad_y.new_empty(weight_mu.shape) if needs_x else None
+    _backward(grad_weight, grad_kl, parameter, key, grads, drawn)
+    grad_x = grad_y.new_empty(0) if drawn is None else grad_y @ drawn
     if bias_mu is None or bias_rho is None:
-        return *grads, weight_mu.new_empty(0), weight_mu.new_empty(0)
+        return grad_x, *grads, weight_mu.new_empty(0), weight_mu.new_empty(0)
     grad_bias = grad_y.sum(0, dtype=torch.float32)
     bias = (bias_mu, bias_rho, bias_prior_mu, bias_prior_sigma)
-    return *grads, *sample_weight_backward(grad_bias, grad_kl, *bias, seed, sample, bias_address)
+    return grad_x, *grads, *sample_weight_backward(grad_bias, grad_kl, *bias, seed, sample, bias_address)
