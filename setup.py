@@ -10,7 +10,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 
 FOLDER = "kernels/cpu"
-SOURCES = ("fused.cpp", "passes.h")  # fusedbayes.kernels.cpu.library computes the same hash
+SOURCES = ("fused.cpp", "passes.h")  # fusedbayes.kernels.cpu.native computes the same hash
 
 content = b"".join((Path(__file__).parent / FOLDER / name).read_bytes() for name in SOURCES)
 source_hash = int.from_bytes(hashlib.sha256(content).digest()[:4], "big")

@@ -224,6 +224,8 @@ def _like(mu: Tensor, value: float | Tensor, name: str, *, positive: bool = Fals
         raise ValueError(f"{name} must be on the device of mu, {mu.device}, got {value.device}")
     if not value.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor, got dtype {value.dtype}")
+    if value.dim() == 0 or value.shape == mu.shape:
+        return value  # at once: torch.broadcast_shapes takes longer than a small layer
     try:
         fits = torch.broadcast_shapes(value.shape, mu.shape) == mu.shape
     except RuntimeError:

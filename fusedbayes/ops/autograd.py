@@ -26,16 +26,21 @@ def _dispatch(function: type["_Operator"], *arguments: Any) -> Any:
 
 
 class _Operator(torch.autograd.Function):
-    """Keeps the operator's arguments, and nothing it computed, for the backward pass."""
+    """Keeps the operator's arguments, and nothing it computed, for the backward pass.
+
+    Without setup_context, which torch.func would need but never comes here for (see `ops._entry`): with it, torch
+    inspects the signature of forward at each call, for longer than a small layer takes.
+    """
 
     name: ClassVar[str]
 
     @staticmethod
-    def save(ctx: Any, inputs: tuple[Any, ...], num_tensors: int) -> None:
-        """Keeps `inputs`, which begin with so many tensors."""
+    def run(ctx: Any, name: str, arguments: tuple[Any, ...], num_tensors: int) -> Any:
+        """Calls the operator and keeps its arguments, which begin with so many tensors."""
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[:num_tensors])
-        ctx.rest = inputs[num_tensors:]
+        ctx.save_for_backward(*arguments[:num_tensors])
+        ctx.rest = arguments[num_tensors:]
+        return _below_autograd(name, *arguments)
 
     @staticmethod
     def differentiable_backward(ctx: Any, name: str, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -58,14 +63,11 @@ class _SampleWeight(_Operator):
     name = "sample_weight"
 
     @staticmethod
-    def forward(*arguments: Any) -> Any:
-        return _below_autograd(_SampleWeight.name, *arguments)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        _Operator.save(ctx, inputs, 6)
-        if not inputs[-1]:
-            ctx.mark_non_differentiable(output[1])
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        weight, kl = _Operator.run(ctx, _SampleWeight.name, arguments, 6)
+        if not arguments[-1]:
+            ctx.mark_non_differentiable(kl)
+        return weight, kl
 
     @staticmethod
     def backward(ctx: Any, grad_weight: Tensor | None, grad_kl: Tensor | None) -> Any:
@@ -80,12 +82,8 @@ class _WeightKL(_Operator):
     name = "weight_kl"
 
     @staticmethod
-    def forward(*arguments: Any) -> Any:
-        return _below_autograd(_WeightKL.name, *arguments)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _Operator.save(ctx, inputs, 4)
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        return _Operator.run(ctx, _WeightKL.name, arguments, 4)
 
     @staticmethod
     def backward(ctx: Any, grad_kl: Tensor) -> Any:
@@ -100,14 +98,11 @@ class _BayesLinear(_Operator):
     name = "bayes_linear"
 
     @staticmethod
-    def forward(*arguments: Any) -> Any:
-        return _below_autograd(_BayesLinear.name, *arguments)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        _Operator.save(ctx, inputs, 11)
-        if not inputs[-1]:
-            ctx.mark_non_differentiable(output[1])
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        y, kl = _Operator.run(ctx, _BayesLinear.name, arguments, 11)
+        if not arguments[-1]:
+            ctx.mark_non_differentiable(kl)
+        return y, kl
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor | None, grad_kl: Tensor | None) -> Any:

@@ -16,14 +16,15 @@ def implementation(name: str) -> Callable[..., Any]:
     It computes in float32 and takes float32 and bfloat16.
     """
 
+    served, otherwise = getattr(cpu, name), getattr(eager, name)
+
     def run(*arguments: Any) -> Any:
-        served = backend.native() and all(cpu.serves(dtype) for dtype in _floating_dtypes(arguments))
-        return getattr(cpu if served else eager, name)(*arguments)
+        native = backend.native() and not any(_is_other(argument) for argument in arguments)
+        return (served if native else otherwise)(*arguments)
 
     return run
 
 
-def _floating_dtypes(arguments: tuple[Any, ...]) -> list[torch.dtype]:
-    dtypes = [argument.dtype for argument in arguments if isinstance(argument, Tensor)]
-    dtypes += [argument for argument in arguments if isinstance(argument, torch.dtype)]
-    return [dtype for dtype in dtypes if dtype != torch.int64]
+def _is_other(argument: Any) -> bool:
+    dtype = argument.dtype if isinstance(argument, Tensor) else argument
+    return isinstance(dtype, torch.dtype) and dtype not in cpu.DTYPES

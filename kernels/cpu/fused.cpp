@@ -14,6 +14,9 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #define INLINE inline __attribute__((always_inline))
 
@@ -27,10 +30,6 @@ struct Operand {
     int64_t type;
 };
 
-struct Noise {
-    uint32_t key0, key1, sample, stream;
-};
-
 typedef void (*Worker)(void*);
 typedef void (*Parallel)(Worker, void*, unsigned threads, unsigned flags);  // GOMP_parallel of the runtime in use
 
@@ -38,12 +37,21 @@ struct Problem {
     Operand weight, grad_mu, grad_rho;  // results; (rows, columns), row-major
     Operand mu, rho, prior_mu, prior_sigma, grad_weight;
     const float* grad_kl;
-    Noise noise;
-    int64_t rows, columns, row_offset, column_offset;
-    int64_t output, scalar_prior;
+    const int64_t *seed, *sample;  // null is 0
+    int64_t stream, row_offset, column_offset;
+    int64_t first_row, rows, columns, output, scalar_prior;  // `weight` begins with the first row
     Parallel parallel;
     int64_t threads, instruction_set;
 };
+
+struct Noise {
+    uint32_t key0, key1, sample, stream;
+};
+
+inline Noise noise_of(const Problem& p) {
+    const uint64_t seed = (uint64_t)*p.seed;
+    return {(uint32_t)seed, (uint32_t)(seed >> 32), p.sample ? (uint32_t)*p.sample : 0, (uint32_t)p.stream};
+}
 
 constexpr int SEGMENT = 1024;         // columns of a row that are worked on at a time
 constexpr int64_t CHUNK = 16 * 1024;  // weights that a thread takes at a time, about 20 us of work
@@ -117,7 +125,7 @@ struct Job {
             double sum = 0.0;
             const int64_t end = (chunk + 1) * per_chunk < stretches ? (chunk + 1) * per_chunk : stretches;
             for (int64_t stretch = chunk * per_chunk; stretch < end; stretch++) {
-                const int64_t row = stretch / segments, first = stretch % segments * SEGMENT;
+                const int64_t row = problem.first_row + stretch / segments, first = stretch % segments * SEGMENT;
                 const int64_t left = problem.columns - first;
                 sum += pass(problem, row, first, (int)(left < SEGMENT ? left : SEGMENT));
             }
@@ -186,6 +194,18 @@ int64_t fusedbayes_instruction_set() {
     if (avx2) return 1;
 #endif
     return 0;
+}
+
+// Asks for large pages where memory is fresh: the kernel hands out and clears 4 KiB at a time else, which for a gradient
+// of 16 MiB takes longer than computing it.
+void fusedbayes_prefer_large_pages(void* memory, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    const uintptr_t page = 2 << 20;
+    const uintptr_t first = ((uintptr_t)memory + page - 1) / page * page, end = ((uintptr_t)memory + bytes) / page * page;
+    if (first < end) madvise((void*)first, end - first, MADV_HUGEPAGE);
+#else
+    (void)memory, (void)bytes;
+#endif
 }
 
 // Writes what `output` says into `weight`; returns the KL, or 0 without a prior.

@@ -166,21 +166,27 @@ INLINE void draw_normals(const Noise& noise, uint32_t row, uint32_t first_quad, 
     }
 }
 
-// A stretch of one row: at most SEGMENT columns, worked on as `padded` ones, a multiple of GROUP.
+// A stretch of one row: whole groups of columns, or, padded to one, the rest of the row.
 struct Stretch {
     int64_t row, first_column;
     int columns, padded;
+    int64_t first, first_of_weight;  // elements before it, in the tensors and in `weight`
+
+    INLINE Stretch(const Problem& p, int64_t row, int64_t first_column, int columns, int padded)
+        : row(row), first_column(first_column), columns(columns), padded(padded) {
+        first = row * p.columns + first_column;
+        first_of_weight = first - p.first_row * p.columns;
+    }
 };
 
-// The operand's elements as floats, in place if they are, else in the buffer; `padding` stands for those beyond the last.
-INLINE const float* fetch(const Operand& operand, const Problem& p, const Stretch& s, float padding, float* buffer) {
-    const int64_t first = s.row * p.columns + s.first_column;
+// The operand's elements from `first` on as floats: in place, or in the buffer, with `padding` beyond the last.
+INLINE const float* fetch(const Operand& operand, const Stretch& s, float padding, float* buffer) {
     if (operand.type == FLOAT32) {
-        const float* values = (const float*)operand.data + first;
+        const float* values = (const float*)operand.data + s.first;
         if (s.columns == s.padded) return values;
-        std::memcpy(buffer, values, s.columns * sizeof(float));
+        for (int i = 0; i < s.columns; i++) buffer[i] = values[i];
     } else {
-        const uint16_t* values = (const uint16_t*)operand.data + first;
+        const uint16_t* values = (const uint16_t*)operand.data + s.first;
         for (int i = 0; i < s.columns; i++) {
             const uint32_t bits = (uint32_t)values[i] << 16;
             std::memcpy(buffer + i, &bits, sizeof bits);
@@ -191,16 +197,14 @@ INLINE const float* fetch(const Operand& operand, const Problem& p, const Stretc
 }
 
 // Where results may be written as floats: in place, or in the buffer, from which `flush` brings them.
-INLINE float* target(const Operand& operand, const Problem& p, const Stretch& s, float* buffer) {
-    const bool in_place = operand.type == FLOAT32 && s.columns == s.padded;
-    return in_place ? (float*)operand.data + s.row * p.columns + s.first_column : buffer;
+INLINE float* target(const Operand& operand, const Stretch& s, int64_t first, float* buffer) {
+    return operand.type == FLOAT32 && s.columns == s.padded ? (float*)operand.data + first : buffer;
 }
 
-INLINE void flush(const Operand& operand, const Problem& p, const Stretch& s, const float* buffer) {
-    const int64_t first = s.row * p.columns + s.first_column;
+INLINE void flush(const Operand& operand, const Stretch& s, int64_t first, const float* buffer) {
     if (operand.type == FLOAT32) {
         float* values = (float*)operand.data + first;
-        if (values != buffer) std::memcpy(values, buffer, s.columns * sizeof(float));
+        for (int i = 0; values != buffer && i < s.columns; i++) values[i] = buffer[i];
         return;
     }
     uint16_t* values = (uint16_t*)operand.data + first;
@@ -212,120 +216,154 @@ INLINE void flush(const Operand& operand, const Problem& p, const Stretch& s, co
     }
 }
 
-// The prior of a stretch, as numbers or as tensors. A prior_sigma below 2^-126 counts as that.
+// eps of a stretch; the buffer has room for a group more.
+INLINE const float* draw(const Problem& p, const Stretch& s, float* buffer) {
+    const int64_t column = p.column_offset + s.first_column;
+    const int shift = (int)(column % 4);
+    draw_normals(noise_of(p), (uint32_t)(p.row_offset + s.row), (uint32_t)(column / 4), s.padded + (shift ? GROUP : 0),
+                 buffer);
+    return buffer + shift;
+}
+
+// The prior at a vector of columns, from numbers or from tensors. A prior_sigma below 2^-126 counts as that.
 template <bool SCALAR>
 struct Prior {
-    const float *mu, *sigma;
+    Floats mu, sigma, inverse;
 
     INLINE Prior(const Problem& p, const Stretch& s, float* mu_buffer, float* sigma_buffer) {
-        mu = SCALAR ? (const float*)p.prior_mu.data : fetch(p.prior_mu, p, s, 0.0f, mu_buffer);
-        sigma = SCALAR ? (const float*)p.prior_sigma.data : fetch(p.prior_sigma, p, s, 1.0f, sigma_buffer);
+        if (!p.prior_sigma.data) return;
+        mus = SCALAR ? (const float*)p.prior_mu.data : fetch(p.prior_mu, s, 0.0f, mu_buffer);
+        sigmas = SCALAR ? (const float*)p.prior_sigma.data : fetch(p.prior_sigma, s, 1.0f, sigma_buffer);
+        if (SCALAR) set(fill(*mus), fill(*sigmas));
     }
 
-    INLINE void get(int column, Floats& prior_mu, Floats& prior_sigma) const {
-        prior_mu = SCALAR ? fill(*mu) : load(mu + column);
-        prior_sigma = SCALAR ? fill(*sigma) : load(sigma + column);
-        prior_sigma = prior_sigma < SIGMA_FLOOR ? fill(SIGMA_FLOOR) : prior_sigma;
+    INLINE void move_to(int column) {
+        if (!SCALAR) set(load(mus + column), load(sigmas + column));
+    }
+
+   private:
+    const float *mus, *sigmas;
+
+    INLINE void set(Floats new_mu, Floats new_sigma) {
+        mu = new_mu;
+        sigma = new_sigma < SIGMA_FLOOR ? fill(SIGMA_FLOOR) : new_sigma;
+        inverse = 1.0f / sigma;
     }
 };
 
-// Adds up the KL of weights, four vectors at a time. log(sigma) is that of a product of four mantissas, and their
-// exponents; log(s0) likewise, once where it is a number.
-struct KlSum {
-    Floats squares, logarithms, mantissas, prior_mantissas;
+// A product of positive numbers as mantissas times a power of two, which neither overflows nor underflows: the logarithm
+// of four numbers for the price of one.
+struct Product {
+    Floats mantissas;
     Ints exponents;
 
-    INLINE KlSum() : squares(fill(0.0f)), logarithms(fill(0.0f)) { restart(); }
+    INLINE Product() : mantissas(fill(1.0f)), exponents(Ints{}) {}
 
-    INLINE void restart() { exponents = Ints{}, mantissas = fill(1.0f), prior_mantissas = fill(1.0f); }
+    INLINE void multiply(Floats x) {
+        exponents += ((Ints)x >> 23) - 127;
+        mantissas *= (Floats)(((Ints)x & 0x7fffff) | 0x3f800000);
+    }
+};
 
-    static INLINE Floats mantissa(Floats x) { return (Floats)(((Ints)x & 0x7fffff) | 0x3f800000); }
+INLINE Floats logarithm_of_ratio(const Product& a, const Product& b) {
+    const Floats powers = __builtin_convertvector(a.exponents - b.exponents, Floats);
+    return powers * LN_2 + (logarithm(a.mantissas) - logarithm(b.mantissas));
+}
 
-    INLINE void add(Floats mu, Floats sigma, Floats prior_mu, Floats prior_sigma, Ints exists) {
-        const Floats inverse = 1.0f / prior_sigma;
-        const Floats scale = sigma * inverse, shift = (mu - prior_mu) * inverse;
-        const Floats square = scale * scale + shift * shift - 1.0f;
-        squares += exists ? square : fill(0.0f);
-        sigma = exists ? sigma : prior_sigma;
-        exponents += ((Ints)sigma >> 23) - ((Ints)prior_sigma >> 23);
-        mantissas *= mantissa(sigma);
-        prior_mantissas *= mantissa(prior_sigma);
+// Twice the KL, summed over a stretch in each lane, less what it is where posterior and prior are the same.
+template <bool SCALAR, bool TAIL>
+struct KlSum {
+    Floats squares, logarithms;
+
+    INLINE KlSum(const Prior<SCALAR>& prior) : squares(fill(0.0f)), logarithms(fill(0.0f)) {
+        if (SCALAR) {
+            for (int i = 0; i < 4; i++) prior_sigmas.multiply(prior.sigma);
+        }
     }
 
-    INLINE void take_logarithms() {
-        const Floats integer = __builtin_convertvector(exponents, Floats) * LN_2;
-        logarithms += integer + (logarithm(mantissas) - logarithm(prior_mantissas));
-        restart();
+    INLINE void begin_group() {
+        squares -= 4.0f;
+        sigmas = Product();
+        if (!SCALAR) prior_sigmas = Product();
     }
+
+    INLINE void add(Floats mu, Floats sigma, const Prior<SCALAR>& prior, int columns_left) {
+        Floats scale = sigma * prior.inverse, shift = (mu - prior.mu) * prior.inverse;
+        if (TAIL) {
+            Ints lanes{};
+            for (int i = 0; i < LANES; i++) lanes[i] = i;
+            const Ints exists = lanes < columns_left;
+            scale = exists ? scale : fill(1.0f), shift = exists ? shift : fill(0.0f), sigma = exists ? sigma : prior.sigma;
+        }
+        squares = scale * scale + (shift * shift + squares);
+        sigmas.multiply(sigma);
+        if (!SCALAR) prior_sigmas.multiply(prior.sigma);
+    }
+
+    INLINE void end_group() { logarithms += logarithm_of_ratio(sigmas, prior_sigmas); }
 
     INLINE double total() const {
         double sum = 0.0;
         for (int i = 0; i < LANES; i++) sum += 0.5 * squares[i] - (double)logarithms[i];
         return sum;
     }
+
+   private:
+    Product sigmas, prior_sigmas;
 };
 
-INLINE Ints lanes_below(int end) {
-    Ints lanes{};
-    for (int i = 0; i < LANES; i++) lanes[i] = i;
-    return lanes < end;
-}
-
-template <bool KL, bool SCALAR_PRIOR>
+template <bool KL, bool SCALAR, bool TAIL>
 INLINE double forward(const Problem& p, const Stretch& s) {
     float buffers[6][SEGMENT + GROUP];
-    const int shift = (int)((p.column_offset + s.first_column) % 4);
-    const float* eps = buffers[0] + shift;
-    if (p.output == WEIGHT || p.output == NORMAL) {
-        const uint32_t first_quad = (uint32_t)((p.column_offset + s.first_column) / 4);
-        const int drawn = s.padded + (shift ? GROUP : 0);
-        draw_normals(p.noise, (uint32_t)(p.row_offset + s.row), first_quad, drawn, buffers[0]);
+    const float* eps = p.output == WEIGHT || p.output == NORMAL ? draw(p, s, buffers[0]) : nullptr;
+    const float* mu = fetch(p.mu, s, 0.0f, buffers[1]);
+    const float* rho = fetch(p.rho, s, 0.0f, buffers[2]);
+    float* weight = p.output == NONE ? nullptr : target(p.weight, s, s.first_of_weight, buffers[5]);
+    if (p.output == NORMAL) {
+        for (int i = 0; i < s.padded; i += LANES) store(weight + i, load(eps + i));
+        flush(p.weight, s, s.first_of_weight, weight);
+        return 0.0;
     }
-    const float* mu = fetch(p.mu, p, s, 0.0f, buffers[1]);
-    const float* rho = fetch(p.rho, p, s, 0.0f, buffers[2]);
-    const Prior<SCALAR_PRIOR> prior(p, s, buffers[3], buffers[4]);
-    float* weight = p.output == NONE ? nullptr : target(p.weight, p, s, buffers[5]);
-    KlSum kl;
-    for (int column = 0; column < s.padded; column += GROUP) {
-        for (int i = column; i < column + GROUP; i += LANES) {
-            const Floats mean = load(mu + i);
+    double result = 0.0;
+    if constexpr (KL) {
+        Prior<SCALAR> prior(p, s, buffers[3], buffers[4]);
+        KlSum<SCALAR, TAIL> kl(prior);
+        for (int column = 0; column < s.padded; column += GROUP) {
+            kl.begin_group();
+            for (int i = column; i < column + GROUP; i += LANES) {
+                Floats t, sigma;
+                exp_and_sigma(load(rho + i), t, sigma);
+                prior.move_to(i);
+                kl.add(load(mu + i), sigma, prior, s.columns - i);
+                if (weight) store(weight + i, eps ? load(mu + i) + sigma * load(eps + i) : sigma * sigma);
+            }
+            kl.end_group();
+        }
+        result = kl.total();
+    } else {
+        for (int i = 0; i < s.padded; i += LANES) {
             Floats t, sigma;
             exp_and_sigma(load(rho + i), t, sigma);
-            if (p.output == WEIGHT) store(weight + i, mean + sigma * load(eps + i));
-            if (p.output == NORMAL) store(weight + i, load(eps + i));
-            if (p.output == VARIANCE) store(weight + i, sigma * sigma);
-            if (KL) {
-                Floats prior_mu, prior_sigma;
-                prior.get(i, prior_mu, prior_sigma);
-                kl.add(mean, sigma, prior_mu, prior_sigma, lanes_below(s.columns - i));
-            }
+            store(weight + i, eps ? load(mu + i) + sigma * load(eps + i) : sigma * sigma);
         }
-        if (KL) kl.take_logarithms();
     }
-    if (weight) flush(p.weight, p, s, weight);
-    return KL ? kl.total() : 0.0;
+    if (weight) flush(p.weight, s, s.first_of_weight, weight);
+    return result;
 }
 
 // dmu = G + g (mu - m0) / s0^2 and drho = (G eps + g (sigma / s0^2 - 1 / sigma)) sigmoid(rho), and W again if asked for.
 // sigmoid(rho) / sigma is (t if rho < 0 else 1) / (sigma (1 + t)): at most 1, while g / sigma would overflow.
-template <bool KL, bool SCALAR_PRIOR>
+template <bool KL, bool SCALAR>
 INLINE void backward(const Problem& p, const Stretch& s) {
     float buffers[9][SEGMENT + GROUP];
-    const int shift = (int)((p.column_offset + s.first_column) % 4);
-    const float* eps = buffers[0] + shift;
-    const bool draw = p.grad_weight.data || p.weight.data;
-    if (draw) {
-        const uint32_t first_quad = (uint32_t)((p.column_offset + s.first_column) / 4);
-        const int drawn = s.padded + (shift ? GROUP : 0);
-        draw_normals(p.noise, (uint32_t)(p.row_offset + s.row), first_quad, drawn, buffers[0]);
-    }
-    const float* mu = fetch(p.mu, p, s, 0.0f, buffers[1]);
-    const float* rho = fetch(p.rho, p, s, 0.0f, buffers[2]);
-    const Prior<SCALAR_PRIOR> prior(p, s, buffers[3], buffers[4]);
-    const float* grad_weight = p.grad_weight.data ? fetch(p.grad_weight, p, s, 0.0f, buffers[5]) : nullptr;
-    float* weight = p.weight.data ? target(p.weight, p, s, buffers[6]) : nullptr;
-    float* grad_mu = target(p.grad_mu, p, s, buffers[7]);
-    float* grad_rho = target(p.grad_rho, p, s, buffers[8]);
+    const float* eps = p.grad_weight.data || p.weight.data ? draw(p, s, buffers[0]) : nullptr;
+    const float* mu = fetch(p.mu, s, 0.0f, buffers[1]);
+    const float* rho = fetch(p.rho, s, 0.0f, buffers[2]);
+    const float* grad_weight = p.grad_weight.data ? fetch(p.grad_weight, s, 0.0f, buffers[3]) : nullptr;
+    float* weight = p.weight.data ? target(p.weight, s, s.first_of_weight, buffers[4]) : nullptr;
+    float* grad_mu = target(p.grad_mu, s, s.first, buffers[5]);
+    float* grad_rho = target(p.grad_rho, s, s.first, buffers[6]);
+    Prior<SCALAR> prior(p, s, buffers[7], buffers[8]);
     const Floats grad_kl = fill(KL ? *p.grad_kl : 0.0f);
     for (int i = 0; i < s.padded; i += LANES) {
         const Floats mean = load(mu + i), r = load(rho + i);
@@ -339,37 +377,46 @@ INLINE void backward(const Problem& p, const Stretch& s) {
             drho = dmu * load(eps + i) * (sigma * sigmoid_over_sigma);
         }
         if (KL) {
-            Floats prior_mu, prior_sigma;
-            prior.get(i, prior_mu, prior_sigma);
-            const Floats inverse = 1.0f / prior_sigma;
-            const Floats scale = sigma * inverse;
-            dmu += grad_kl * ((mean - prior_mu) * inverse * inverse);
+            prior.move_to(i);
+            const Floats scale = sigma * prior.inverse;
+            dmu += grad_kl * ((mean - prior.mu) * prior.inverse * prior.inverse);
             drho += grad_kl * (scale * scale - 1.0f) * sigmoid_over_sigma;
         }
         store(grad_mu + i, dmu);
         store(grad_rho + i, drho);
     }
-    if (weight) flush(p.weight, p, s, weight);
-    flush(p.grad_mu, p, s, grad_mu);
-    flush(p.grad_rho, p, s, grad_rho);
+    if (weight) flush(p.weight, s, s.first_of_weight, weight);
+    flush(p.grad_mu, s, s.first, grad_mu);
+    flush(p.grad_rho, s, s.first, grad_rho);
 }
 
-double forward_pass(const Problem& p, int64_t row, int64_t first_column, int columns) {
-    const Stretch s{row, first_column, columns, (columns + GROUP - 1) / GROUP * GROUP};
-    if (!p.prior_sigma.data) return forward<false, true>(p, s);
-    return p.scalar_prior ? forward<true, true>(p, s) : forward<true, false>(p, s);
+template <bool KL, bool SCALAR>
+INLINE double forward_of_segment(const Problem& p, int64_t row, int64_t first, int columns) {
+    const int whole = columns / GROUP * GROUP;
+    double kl = 0.0;
+    if (whole) kl += forward<KL, SCALAR, false>(p, Stretch(p, row, first, whole, whole));
+    if (columns > whole) kl += forward<KL, SCALAR, true>(p, Stretch(p, row, first + whole, columns - whole, GROUP));
+    return kl;
 }
 
-double backward_pass(const Problem& p, int64_t row, int64_t first_column, int columns) {
-    const Stretch s{row, first_column, columns, (columns + GROUP - 1) / GROUP * GROUP};
-    if (!p.grad_kl) {
-        backward<false, true>(p, s);
-    } else if (p.scalar_prior) {
-        backward<true, true>(p, s);
-    } else {
-        backward<true, false>(p, s);
-    }
+template <bool KL, bool SCALAR>
+INLINE double backward_of_segment(const Problem& p, int64_t row, int64_t first, int columns) {
+    const int whole = columns / GROUP * GROUP;
+    if (whole) backward<KL, SCALAR>(p, Stretch(p, row, first, whole, whole));
+    if (columns > whole) backward<KL, SCALAR>(p, Stretch(p, row, first + whole, columns - whole, GROUP));
     return 0.0;
+}
+
+double forward_pass(const Problem& p, int64_t row, int64_t first, int columns) {
+    if (!p.prior_sigma.data) return forward_of_segment<false, true>(p, row, first, columns);
+    return p.scalar_prior ? forward_of_segment<true, true>(p, row, first, columns)
+                          : forward_of_segment<true, false>(p, row, first, columns);
+}
+
+double backward_pass(const Problem& p, int64_t row, int64_t first, int columns) {
+    if (!p.grad_kl) return backward_of_segment<false, true>(p, row, first, columns);
+    return p.scalar_prior ? backward_of_segment<true, true>(p, row, first, columns)
+                          : backward_of_segment<true, false>(p, row, first, columns);
 }
 
 }  // namespace isa

@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -15,7 +16,8 @@ SOURCES = ("fused.cpp", "passes.h")
 
 # What follows mirrors the declarations of the same names in fused.cpp.
 INSTRUCTION_SETS = ("portable", "avx2", "avx512")
-TYPES = {torch.float32: 0, torch.bfloat16: 1}
+_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+DTYPES = frozenset((*_TYPES, torch.int64))  # what the operators' tensors may have
 
 
 class Output(IntEnum):
@@ -33,25 +35,39 @@ class Operand(ctypes.Structure):
     _fields_ = (("data", ctypes.c_void_p), ("type", ctypes.c_int64))
 
 
-class Noise(ctypes.Structure):
-    """What is the same for all elements of a tensor."""
-
-    _fields_ = tuple((name, ctypes.c_uint32) for name in ("key0", "key1", "sample", "stream"))
-
-
 class Problem(ctypes.Structure):
-    """The arguments of a pass."""
+    """The arguments of a pass; what they point to is kept alive in `tensors`."""
 
+    tensors: dict[str, torch.Tensor]
     _fields_ = (
         *((name, Operand) for name in ("weight", "grad_mu", "grad_rho")),
         *((name, Operand) for name in ("mu", "rho", "prior_mu", "prior_sigma", "grad_weight")),
-        ("grad_kl", ctypes.c_void_p),
-        ("noise", Noise),
-        *((name, ctypes.c_int64) for name in ("rows", "columns", "row_offset", "column_offset")),
-        *((name, ctypes.c_int64) for name in ("output", "scalar_prior")),
+        *((name, ctypes.c_void_p) for name in ("grad_kl", "seed", "sample")),
+        *((name, ctypes.c_int64) for name in ("stream", "row_offset", "column_offset")),
+        *((name, ctypes.c_int64) for name in ("first_row", "rows", "columns", "output", "scalar_prior")),
         ("parallel", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("threads", "instruction_set")),
     )
+
+    def set_operands(self, tensors: dict[str, torch.Tensor | None]) -> None:
+        """Points at the tensors, or at row-major copies of those that are not."""
+        self.tensors = {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
+        for name, tensor in self.tensors.items():
+            pointer = tensor.data_ptr()
+            setattr(self, name, pointer if name == "grad_kl" else (pointer, _TYPES[tensor.dtype]))
+
+    def set_noise(self, seed: torch.Tensor, sample: torch.Tensor | None, address: Sequence[int]) -> None:
+        """Points at seed and sample, and sets the address."""
+        self.tensors["seed"], self.seed = seed, seed.data_ptr()
+        if sample is not None:
+            self.tensors["sample"], self.sample = sample, sample.data_ptr()
+        self.stream, self.row_offset, self.column_offset = address
+
+    def select(self, rows: slice, weight: torch.Tensor | None) -> None:
+        """Restricts the next pass to these rows; `weight` is written for them alone."""
+        self.first_row, self.rows = rows.start, rows.stop - rows.start
+        if weight is not None:
+            self.weight = (weight.data_ptr(), _TYPES[weight.dtype])
 
 
 @dataclass(frozen=True)
@@ -68,16 +84,21 @@ class Library:
     instruction_set: str
     parallel: int | None
 
-    def forward(self, problem: Problem, threads: int) -> float:
-        """Writes the output that `problem` asks for; returns the KL, 0 without a prior."""
-        return self.functions.fusedbayes_forward(self._prepared(problem, threads))
+    def forward(self, problem: Problem, output: Output) -> float:
+        """Writes `output` in the place of the weight; returns the KL, 0 without a prior."""
+        problem.output = output
+        return self.functions.fusedbayes_forward(self._prepared(problem))
 
-    def backward(self, problem: Problem, threads: int) -> None:
-        """Writes the gradients."""
-        self.functions.fusedbayes_backward(self._prepared(problem, threads))
+    def backward(self, problem: Problem) -> None:
+        """Writes the gradients, and the weight if it has a place."""
+        self.functions.fusedbayes_backward(self._prepared(problem))
 
-    def _prepared(self, problem: Problem, threads: int) -> "ctypes._CArgObject":
-        problem.parallel, problem.threads = self.parallel, threads
+    def prefer_large_pages(self, tensor: torch.Tensor) -> None:
+        """Asks the operating system for large pages if the tensor's memory is fresh."""
+        self.functions.fusedbayes_prefer_large_pages(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_int64(tensor.nbytes))
+
+    def _prepared(self, problem: Problem) -> "ctypes._CArgObject":
+        problem.parallel, problem.threads = self.parallel, torch.get_num_threads()
         problem.instruction_set = INSTRUCTION_SETS.index(self.instruction_set)
         return ctypes.byref(problem)
 

@@ -1,0 +1,141 @@
+"""Sampling, KL and their gradients on the CPU: how tensors become the C++'s arguments."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusedbayes.kernels.cpu.native import DTYPES, Output, Problem, library
+
+# Bytes from which on a gradient may take large pages.
+LARGE = 1 << 22
+
+
+class Parameter(NamedTuple):
+    """A random tensor; its priors may be missing, or single numbers."""
+
+    mu: Tensor
+    rho: Tensor
+    prior_mu: Tensor | None
+    prior_sigma: Tensor | None
+
+
+class Key(NamedTuple):
+    """Which noise a tensor has; the sample may be missing, for 0."""
+
+    seed: Tensor
+    sample: Tensor | None
+    address: Sequence[int]
+
+
+def make_problem(parameter: Parameter, key: Key | None, *, with_kl: bool, **tensors: Tensor | None) -> Problem:
+    """The C++'s view of all rows of a parameter; a vector is one row.
+
+    Args:
+        tensors: the other operands by their names in `Problem`, row-major where they are written.
+    """
+    mu, rho, prior_mu, prior_sigma = parameter
+    rows, columns = mu.shape if mu.dim() == 2 else (1, mu.numel())
+    problem = Problem(rows=rows, columns=columns)
+    tensors |= {"mu": mu, "rho": rho}
+    if with_kl:
+        assert prior_mu is not None
+        assert prior_sigma is not None
+        problem.scalar_prior = prior_mu.dim() == prior_sigma.dim() == 0
+        # As numbers they are float32; if one of them is a tensor both are.
+        one_type = problem.scalar_prior or not {prior_mu.dtype, prior_sigma.dtype} <= DTYPES
+        for name, prior in (("prior_mu", prior_mu), ("prior_sigma", prior_sigma)):
+            prior = prior.float() if one_type else prior
+            tensors[name] = prior if problem.scalar_prior else prior.expand(mu.shape)
+    problem.set_operands(tensors)
+    if key is not None:
+        problem.set_noise(*key)
+    return problem
+
+
+def sample_weight(
+    mu: Tensor,
+    rho: Tensor,
+    prior_mu: Tensor | None,
+    prior_sigma: Tensor | None,
+    seed: Tensor,
+    sample: Tensor | None,
+    address: Sequence[int],
+    dtype: torch.dtype,
+    with_kl: bool,
+) -> tuple[Tensor, Tensor]:
+    """W and its KL."""
+    parameter, weight = Parameter(mu, rho, prior_mu, prior_sigma), mu.new_empty(mu.shape, dtype=dtype)
+    problem = make_problem(parameter, Key(seed, sample, address), with_kl=with_kl, weight=weight)
+    return weight, kl_tensor(library().forward(problem, Output.WEIGHT), mu, with_kl)
+
+
+def weight_variance(
+    mu: Tensor,
+    rho: Tensor,
+    prior_mu: Tensor | None,
+    prior_sigma: Tensor | None,
+    dtype: torch.dtype,
+    with_kl: bool,
+) -> tuple[Tensor, Tensor]:
+    """sigma^2, of mu's shape in `dtype`, and the KL: what local reparameterisation multiplies x^2 with."""
+    parameter, variance = Parameter(mu, rho, prior_mu, prior_sigma), mu.new_empty(mu.shape, dtype=dtype)
+    problem = make_problem(parameter, None, with_kl=with_kl, weight=variance)
+    return variance, kl_tensor(library().forward(problem, Output.VARIANCE), mu, with_kl)
+
+
+def normal(mu: Tensor, rho: Tensor, seed: Tensor, sample: Tensor | None, address: Sequence[int]) -> Tensor:
+    """eps of mu's shape in float32: `fusedbayes.noise.normal` to 1e-5."""
+    eps = mu.new_empty(mu.shape, dtype=torch.float32)
+    problem = make_problem(Parameter(mu, rho, None, None), Key(seed, sample, address), with_kl=False, weight=eps)
+    library().forward(problem, Output.NORMAL)
+    return eps
+
+
+def weight_kl(mu: Tensor, rho: Tensor, prior_mu: Tensor | None, prior_sigma: Tensor | None) -> Tensor:
+    """The KL summed over the weights, in float32."""
+    problem = make_problem(Parameter(mu, rho, prior_mu, prior_sigma), None, with_kl=True)
+    return kl_tensor(library().forward(problem, Output.NONE), mu, True)
+
+
+def sample_weight_backward(
+    grad_weight: Tensor | None,
+    grad_kl: Tensor | None,
+    mu: Tensor,
+    rho: Tensor,
+    prior_mu: Tensor | None,
+    prior_sigma: Tensor | None,
+    seed: Tensor | None,
+    sample: Tensor | None,
+    address: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """dmu and drho."""
+    parameter = Parameter(mu, rho, prior_mu, prior_sigma)
+    key = None if seed is None or grad_weight is None else Key(seed, sample, address)
+    grads = new_gradient(mu), new_gradient(rho)
+    with_kl = grad_kl is not None and prior_mu is not None
+    problem = make_problem(
+        parameter,
+        key,
+        with_kl=with_kl,
+        grad_mu=grads[0],
+        grad_rho=grads[1],
+        grad_weight=None if key is None else grad_weight,
+        grad_kl=grad_kl.float() if grad_kl is not None and with_kl else None,
+    )
+    library().backward(problem)
+    return grads
+
+
+def new_gradient(parameter: Tensor) -> Tensor:
+    """Memory for the gradient of a parameter."""
+    gradient = parameter.new_empty(parameter.shape)
+    if gradient.nbytes >= LARGE:
+        library().prefer_large_pages(gradient)
+    return gradient
+
+
+def kl_tensor(kl: float, mu: Tensor, with_kl: bool) -> Tensor:
+    """The KL as operators return it; without one, a tensor that has no element."""
+    return mu.new_full((), kl, dtype=torch.float32) if with_kl else mu.new_empty(0, dtype=torch.float32)
