@@ -191,8 +191,10 @@ def bayes_linear(
     weight, bias = (weight_mu, weight_rho, *weight_priors), (bias_mu, bias_rho, *bias_priors)
     with_kl = with_kl and weight_prior is not None
     noise = (*_seed_and_sample(seed, sample, x.device), weight_address, bias_address)
-    y, kl = ops.bayes_linear(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), *weight, *bias, *noise, with_kl)
-    return y.view(*x.shape[:-1], weight_mu.shape[0]), kl if with_kl else None
+    # A matrix goes through as it is: views cost as much as a small layer, forward and backward.
+    rows = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    y, kl = ops.bayes_linear(rows, *weight, *bias, *noise, with_kl)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight_mu.shape[0]), kl if with_kl else None
 
 
 def _seed_and_sample(

@@ -211,6 +211,14 @@ def check_coordinates(
     column_offset: int = 0,
 ) -> None:
     """Raises TypeError or ValueError unless the block lies inside the noise's address space (see `normal`)."""
+    if (
+        type(stream) is type(row_offset) is type(column_offset) is type(rows) is type(columns) is int
+        and min(rows, columns, stream, row_offset, column_offset) >= 0
+        and stream < 2**32
+        and row_offset + rows <= 2**32
+        and column_offset + columns <= 2**34
+    ):
+        return  # at once: each small layer passes here
     values = {"rows": rows, "columns": columns, "stream": stream}
     values |= {"row_offset": row_offset, "column_offset": column_offset}
     for name, value in values.items():

@@ -101,16 +101,16 @@ class ELBO(nn.Module):
             nll = self._mean_nll(x, y)
         for _ in range(self.num_samples - 1):
             nll = nll + self._mean_nll(x, y)
-        nll = nll / self.num_samples
+        nll = nll / self.num_samples if self.num_samples > 1 else nll
         kl = kl_of_forward()
-        return ElboOutput(nll + self._current_kl_weight() * kl / self.num_data, nll, kl)
+        return ElboOutput(nll + (self._current_kl_weight() / self.num_data) * kl, nll, kl)
 
     def _mean_nll(self, x: Tensor, y: Tensor) -> Tensor:
         nll = self.nll(self.model(x), y)
         if not isinstance(nll, Tensor):
             raise TypeError(f"nll must return a tensor, got {describe(nll)}")
         # In fp32 or better: a sum of many half-precision terms would stand still.
-        return nll.mean(dtype=compute_dtype(nll))
+        return nll.mean(dtype=compute_dtype(nll)) if nll.dim() else nll.to(compute_dtype(nll))
 
     def _current_kl_weight(self) -> float:
         if not callable(self.kl_weight):
@@ -175,5 +175,7 @@ def _sum(kls: list[Tensor], model: nn.Module) -> Tensor:
     if not kls:
         anchor = next(model.parameters(), torch.empty(0))
         return torch.zeros((), device=anchor.device)
+    if len(kls) == 1:
+        return kls[0]
     # Layers may lie on several devices: the sum goes where the first of them is.
     return torch.stack([kl.to(kls[0].device) for kl in kls]).sum()

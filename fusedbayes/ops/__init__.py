@@ -49,11 +49,16 @@ for _name in autograd.DIFFERENTIABLE:
 
 def _entry(name: str) -> Callable[..., Any]:
     operator = getattr(torch.ops.fusedbayes, name).default
+    differentiable, transparent = getattr(autograd, name), getattr(eager, name)
 
     def call(*arguments: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return operator(*arguments)
         # Neither torch.func nor forward-mode derivatives can look into an operator; into PyTorch they can.
-        transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-        return (getattr(eager, name) if transformed else operator)(*arguments)
+        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+            return transparent(*arguments)
+        # What the operator would do first, without the dispatcher's way there.
+        return differentiable(*arguments)
 
     return call
 

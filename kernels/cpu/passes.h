@@ -153,7 +153,7 @@ INLINE void exp_and_sigma(Floats rho, Floats& t, Floats& sigma) {
     sigma = softplus < SIGMA_FLOOR ? fill(SIGMA_FLOOR) : softplus;
 }
 
-// eps of `columns` columns of a row, a multiple of GROUP, from a whole quad on.
+// eps of `columns` columns of a row, and up to GROUP - 1 more, from a whole quad on.
 INLINE void draw_normals(const Noise& noise, uint32_t row, uint32_t first_quad, int columns, float* eps) {
     for (int column = 0; column < columns; column += GROUP) {
         Words words[4];
@@ -166,14 +166,15 @@ INLINE void draw_normals(const Noise& noise, uint32_t row, uint32_t first_quad, 
     }
 }
 
-// A stretch of one row: whole groups of columns, or, padded to one, the rest of the row.
+// A stretch of one row: whole groups of columns, or the rest of the row, padded to whole vectors.
 struct Stretch {
     int64_t row, first_column;
     int columns, padded;
     int64_t first, first_of_weight;  // elements before it, in the tensors and in `weight`
 
-    INLINE Stretch(const Problem& p, int64_t row, int64_t first_column, int columns, int padded)
-        : row(row), first_column(first_column), columns(columns), padded(padded) {
+    INLINE Stretch(const Problem& p, int64_t row, int64_t first_column, int columns)
+        : row(row), first_column(first_column), columns(columns) {
+        padded = (columns + LANES - 1) / LANES * LANES;
         first = row * p.columns + first_column;
         first_of_weight = first - p.first_row * p.columns;
     }
@@ -220,8 +221,7 @@ INLINE void flush(const Operand& operand, const Stretch& s, int64_t first, const
 INLINE const float* draw(const Problem& p, const Stretch& s, float* buffer) {
     const int64_t column = p.column_offset + s.first_column;
     const int shift = (int)(column % 4);
-    draw_normals(noise_of(p), (uint32_t)(p.row_offset + s.row), (uint32_t)(column / 4), s.padded + (shift ? GROUP : 0),
-                 buffer);
+    draw_normals(noise_of(p), (uint32_t)(p.row_offset + s.row), (uint32_t)(column / 4), s.padded + shift, buffer);
     return buffer + shift;
 }
 
@@ -270,21 +270,23 @@ INLINE Floats logarithm_of_ratio(const Product& a, const Product& b) {
     return powers * LN_2 + (logarithm(a.mantissas) - logarithm(b.mantissas));
 }
 
-// Twice the KL, summed over a stretch in each lane, less what it is where posterior and prior are the same.
+// The KL of a stretch, lane by lane: squares, less the 1 that they are where posterior and prior are the same, and
+// logarithms of sigma / s0, of all vectors of a group at once. One that sticks out of the row counts as the prior there.
 template <bool SCALAR, bool TAIL>
 struct KlSum {
-    Floats squares, logarithms;
-
     INLINE KlSum(const Prior<SCALAR>& prior) : squares(fill(0.0f)), logarithms(fill(0.0f)) {
-        if (SCALAR) {
-            for (int i = 0; i < 4; i++) prior_sigmas.multiply(prior.sigma);
+        if (!ONE_BY_ONE) {
+            for (int i = 0; i < GROUP / LANES; i++) prior_sigmas.multiply(prior.sigma);
         }
     }
 
     INLINE void begin_group() {
-        squares -= 4.0f;
         sigmas = Product();
-        if (!SCALAR) prior_sigmas = Product();
+        if (ONE_BY_ONE) {
+            prior_sigmas = Product();
+        } else {
+            squares -= (float)(GROUP / LANES);
+        }
     }
 
     INLINE void add(Floats mu, Floats sigma, const Prior<SCALAR>& prior, int columns_left) {
@@ -297,18 +299,24 @@ struct KlSum {
         }
         squares = scale * scale + (shift * shift + squares);
         sigmas.multiply(sigma);
-        if (!SCALAR) prior_sigmas.multiply(prior.sigma);
+        if (ONE_BY_ONE) {
+            squares -= 1.0f;
+            prior_sigmas.multiply(prior.sigma);
+        }
     }
 
     INLINE void end_group() { logarithms += logarithm_of_ratio(sigmas, prior_sigmas); }
 
     INLINE double total() const {
-        double sum = 0.0;
-        for (int i = 0; i < LANES; i++) sum += 0.5 * squares[i] - (double)logarithms[i];
-        return sum;
+        const Floats kl = 0.5f * squares - logarithms;
+        double sums[4] = {};  // four at a time, since an addition has to wait for the one before
+        for (int i = 0; i < LANES; i++) sums[i % 4] += (double)kl[i];
+        return (sums[0] + sums[1]) + (sums[2] + sums[3]);
     }
 
    private:
+    static constexpr bool ONE_BY_ONE = TAIL || !SCALAR;
+    Floats squares, logarithms;
     Product sigmas, prior_sigmas;
 };
 
@@ -330,7 +338,8 @@ INLINE double forward(const Problem& p, const Stretch& s) {
         KlSum<SCALAR, TAIL> kl(prior);
         for (int column = 0; column < s.padded; column += GROUP) {
             kl.begin_group();
-            for (int i = column; i < column + GROUP; i += LANES) {
+            const int end = TAIL ? s.padded : column + GROUP;
+            for (int i = column; i < end; i += LANES) {
                 Floats t, sigma;
                 exp_and_sigma(load(rho + i), t, sigma);
                 prior.move_to(i);
@@ -392,18 +401,18 @@ INLINE void backward(const Problem& p, const Stretch& s) {
 
 template <bool KL, bool SCALAR>
 INLINE double forward_of_segment(const Problem& p, int64_t row, int64_t first, int columns) {
-    const int whole = columns / GROUP * GROUP;
+    const int whole = columns / GROUP * GROUP, rest = columns - whole;
     double kl = 0.0;
-    if (whole) kl += forward<KL, SCALAR, false>(p, Stretch(p, row, first, whole, whole));
-    if (columns > whole) kl += forward<KL, SCALAR, true>(p, Stretch(p, row, first + whole, columns - whole, GROUP));
+    if (whole) kl += forward<KL, SCALAR, false>(p, Stretch(p, row, first, whole));
+    if (rest) kl += forward<KL, SCALAR, true>(p, Stretch(p, row, first + whole, rest));
     return kl;
 }
 
 template <bool KL, bool SCALAR>
 INLINE double backward_of_segment(const Problem& p, int64_t row, int64_t first, int columns) {
-    const int whole = columns / GROUP * GROUP;
-    if (whole) backward<KL, SCALAR>(p, Stretch(p, row, first, whole, whole));
-    if (columns > whole) backward<KL, SCALAR>(p, Stretch(p, row, first + whole, columns - whole, GROUP));
+    const int whole = columns / GROUP * GROUP, rest = columns - whole;
+    if (whole) backward<KL, SCALAR>(p, Stretch(p, row, first, whole));
+    if (rest) backward<KL, SCALAR>(p, Stretch(p, row, first + whole, rest));
     return 0.0;
 }
 
