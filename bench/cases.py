@@ -87,8 +87,8 @@ class Case:
     """One measurement, to be made for every implementation.
 
     Attributes:
-        group: "forward" (without gradients), "forward+backward" (with the KL), "training step" (with Adam) or
-            "prediction" (samples of the weights, without gradients).
+        group: "forward" and "forward with KL" (without gradients), "forward+backward" (with the KL), "training step"
+            (with Adam) or "prediction" (samples of the weights, without gradients).
         network, rows: what runs on how many rows.
         precision: "fp32", or "bf16" for autocast over fp32 parameters.
         samples: Monte Carlo samples, for "prediction".
@@ -109,6 +109,10 @@ class Case:
     @property
     def trains(self) -> bool:
         return self.group in ("forward+backward", "training step")
+
+    @property
+    def with_kl(self) -> bool:
+        return self.trains or self.group == "forward with KL"
 
     @property
     def flop(self) -> int:
@@ -142,16 +146,18 @@ class Case:
 
 
 MNIST = mlp(784, 400, 400, 10)
-GROUPS = ("forward", "forward+backward", "training step", "prediction")
+WIDE = mlp(2048, 2048, 2048, 2048)
+GROUPS = ("forward", "forward with KL", "forward+backward", "training step", "prediction")
 
 
 def quick_cases() -> list[Case]:
     """What `make bench` measures: a few minutes on two cores."""
     return [
         *(Case("forward", square(1024), rows) for rows in (1, 16, 256)),
+        Case("forward with KL", square(2048), 1),  # sampling and the KL, next to nothing else
         *(Case("forward+backward", square(1024), rows) for rows in (16, 256)),
         Case("forward+backward", square(1024), 256, "bf16"),
-        Case("forward+backward", square(2048), 64),
+        Case("forward+backward", WIDE, 64),
         Case("forward+backward", MNIST, 128),
         Case("training step", MNIST, 128),
         *(Case("prediction", MNIST, 128, samples=samples) for samples in (1, 8)),

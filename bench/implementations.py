@@ -104,6 +104,7 @@ def implementations() -> dict[str, Implementation]:
         LINEAR,
         Implementation(OURS, fb.BayesLinear, MU_RHO, kl=fb.kl_loss),
         Implementation(REFERENCE, ReferenceLinear, MU_RHO, kl=_sum_of_layers),
+        Implementation("clean layer, eager", CleanLinear, MU_RHO, kl=_sum_of_layers),
         Implementation("torch.compile", CleanLinear, MU_RHO, kl=_sum_of_layers, compiled=True),
         *(implementation for peer in (_bayesian_torch, _torchbnn, _blitz) for implementation in _if_installed(peer)),
     ]

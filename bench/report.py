@@ -29,6 +29,7 @@ COLORS = {
     BASELINE: "0.6",
     OURS: "black",
     REFERENCE: "tab:purple",
+    "clean layer, eager": "tab:pink",
     "torch.compile": "tab:red",
     "bayesian-torch reparam": "tab:blue",
     "bayesian-torch flipout": "tab:cyan",

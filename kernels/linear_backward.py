@@ -32,7 +32,8 @@ def bayes_linear_backward(
     if needs_x:
         grad_x = bayes_linear_backward_input(grad_y, weight_mu, weight_rho, seed, sample, weight_address)
     if not needs_weight:
-        return grad_x, *(weight_mu.new_empty(0) for _ in range(4))
+        absent = [weight_mu.new_empty(0) for _ in range(4)]
+        return grad_x, absent[0], absent[1], absent[2], absent[3]
     weight = (weight_mu, weight_rho, weight_prior_mu, weight_prior_sigma)
     bias = (bias_mu, bias_rho, bias_prior_mu, bias_prior_sigma)
     noise = (seed, sample, weight_address, bias_address)

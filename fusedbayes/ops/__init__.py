@@ -33,7 +33,8 @@ _SCHEMAS = {
     "bayes_linear_backward": """(Tensor grad_y, Tensor? grad_kl, Tensor x, Tensor weight_mu, Tensor weight_rho,
         Tensor? weight_prior_mu, Tensor? weight_prior_sigma, Tensor? bias_mu, Tensor? bias_rho, Tensor? bias_prior_mu,
         Tensor? bias_prior_sigma, Tensor seed, Tensor? sample, int[] weight_address, int[] bias_address, bool needs_x,
-        bool needs_weight) -> (Tensor grad_x, Tensor grad_weight_mu, Tensor grad_weight_rho, Tensor grad_bias_mu, Tensor grad_bias_rho)""",
+        bool needs_weight) -> (Tensor grad_x, Tensor grad_weight_mu, Tensor grad_weight_rho, Tensor grad_bias_mu,
+        Tensor grad_bias_rho)""",
 }
 
 _library = Library("fusedbayes", "DEF")

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from fusedbayes.kernels import cpu
+from fusedbayes.kernels.cpu import native
 
 _reference_only = 0
 
@@ -56,15 +56,15 @@ def reference_only() -> bool:
     return _reference_only > 0
 
 
-def native() -> bool:
+def cpu_kernel() -> bool:
     """Whether the CPU kernel computes."""
-    return not _reference_only and isinstance(cpu.load(), cpu.Library)
+    return not _reference_only and isinstance(native.load(), native.Library)
 
 
 def _cpu() -> Backend:
     if reference_only():
         return Backend("reference", "inside fusedbayes.use_reference()")
-    library = cpu.load()
+    library = native.load()
     if isinstance(library, str):
         return Backend("reference", library)
     pool = "torch's OpenMP threads" if library.parallel else "threads of its own"

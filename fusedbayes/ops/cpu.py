@@ -11,7 +11,6 @@ from fusedbayes.kernels import cpu
 from fusedbayes.noise import Address
 from fusedbayes.ops import backend, eager
 
-
 _PLAIN = (type(None), bool, int, list, tuple, Address)
 
 
@@ -20,11 +19,10 @@ def implementation(name: str) -> Callable[..., Any]:
 
     It computes in float32 and takes float32 and bfloat16.
     """
-
     native, otherwise = getattr(cpu, name), getattr(eager, name)
 
     def run(*arguments: Any) -> Any:
-        return (native if backend.native() and _served(arguments) else otherwise)(*arguments)
+        return (native if backend.cpu_kernel() and _served(arguments) else otherwise)(*arguments)
 
     return run
 

@@ -1,22 +1,28 @@
 """The CPU kernel: the operators of `fusedbayes.ops` in C++, one pass over the parameters each.
 
 Each launcher takes and returns tensors like the operator of the same name, allocates its outputs and validates nothing.
-Matrix products are the library's. The C++ is fused.cpp and passes.h; `load` says whether it was built.
+Matrix products are the library's. The C++ is fused.cpp and passes.h; `native.load` says whether it was built.
 """
 
 from fusedbayes.kernels.cpu.linear import bayes_linear, bayes_linear_backward
-from fusedbayes.kernels.cpu.native import DTYPES, Library, load
-from fusedbayes.kernels.cpu.sample import normal, sample_weight, sample_weight_backward, weight_kl, weight_variance
+from fusedbayes.kernels.cpu.native import DTYPES
+from fusedbayes.kernels.cpu.sample import (
+    normal,
+    sample_weight,
+    sample_weight_backward,
+    weight_kl,
+    weight_variance,
+    words,
+)
 
 __all__ = [
     "DTYPES",
-    "Library",
     "bayes_linear",
     "bayes_linear_backward",
-    "load",
     "normal",
     "sample_weight",
     "sample_weight_backward",
     "weight_kl",
     "weight_variance",
+    "words",
 ]

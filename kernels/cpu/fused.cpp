@@ -23,7 +23,7 @@
 namespace {
 
 enum Type : int32_t { FLOAT32, BFLOAT16 };
-enum Output : int32_t { NONE, WEIGHT, NORMAL, VARIANCE };
+enum Output : int32_t { NONE, WEIGHT, VARIANCE, NORMAL, WORD };
 
 struct Operand {
     void* data;

@@ -1,4 +1,4 @@
-"""y = x W^T + b and its gradients on the CPU: W is drawn block by block, and each block multiplied while in the cache."""
+"""y = x W^T + b and its gradients on the CPU: W is drawn in blocks, each multiplied while it is in the cache."""
 
 import threading
 from collections.abc import Iterator, Sequence

@@ -16,8 +16,8 @@ SOURCES = ("fused.cpp", "passes.h")
 
 # What follows mirrors the declarations of the same names in fused.cpp.
 INSTRUCTION_SETS = ("portable", "avx2", "avx512")
-_TYPES = {torch.float32: 0, torch.bfloat16: 1}
-DTYPES = frozenset((*_TYPES, torch.int64))  # what the operators' tensors may have
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int32: 0}  # words are as wide as float32
+DTYPES = frozenset((torch.float32, torch.bfloat16, torch.int64))  # what the operators' tensors may have
 
 
 class Output(IntEnum):
@@ -25,8 +25,9 @@ class Output(IntEnum):
 
     NONE = 0
     WEIGHT = 1
-    NORMAL = 2
-    VARIANCE = 3
+    VARIANCE = 2
+    NORMAL = 3
+    WORD = 4  # the bits of the noise's words
 
 
 class Operand(ctypes.Structure):

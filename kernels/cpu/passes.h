@@ -153,16 +153,19 @@ INLINE void exp_and_sigma(Floats rho, Floats& t, Floats& sigma) {
     sigma = softplus < SIGMA_FLOOR ? fill(SIGMA_FLOOR) : softplus;
 }
 
-// eps of `columns` columns of a row, and up to GROUP - 1 more, from a whole quad on.
-INLINE void draw_normals(const Noise& noise, uint32_t row, uint32_t first_quad, int columns, float* eps) {
+// The noise of `columns` columns of a row, and up to GROUP - 1 more, from a whole quad on: eps, or the bits of the words.
+template <bool AS_WORDS>
+INLINE void draw_columns(const Noise& noise, uint32_t row, uint32_t first_quad, int columns, float* out) {
     for (int column = 0; column < columns; column += GROUP) {
         Words words[4];
         philox(noise, quads_of_lanes() + (first_quad + column / 4), row, words);
-        Floats z[4];
-        box_muller(words[0], words[1], z[0], z[1]);
-        box_muller(words[2], words[3], z[2], z[3]);
+        Floats z[4] = {(Floats)words[0], (Floats)words[1], (Floats)words[2], (Floats)words[3]};
+        if (!AS_WORDS) {
+            box_muller(words[0], words[1], z[0], z[1]);
+            box_muller(words[2], words[3], z[2], z[3]);
+        }
         transpose_blocks(z[0], z[1], z[2], z[3]);
-        for (int i = 0; i < 4; i++) store(eps + column + i * LANES, z[i]);
+        for (int i = 0; i < 4; i++) store(out + column + i * LANES, z[i]);
     }
 }
 
@@ -217,11 +220,13 @@ INLINE void flush(const Operand& operand, const Stretch& s, int64_t first, const
     }
 }
 
-// eps of a stretch; the buffer has room for a group more.
+// The noise of a stretch; the buffer has room for a group more.
+template <bool AS_WORDS = false>
 INLINE const float* draw(const Problem& p, const Stretch& s, float* buffer) {
     const int64_t column = p.column_offset + s.first_column;
     const int shift = (int)(column % 4);
-    draw_normals(noise_of(p), (uint32_t)(p.row_offset + s.row), (uint32_t)(column / 4), s.padded + shift, buffer);
+    const uint32_t row = (uint32_t)(p.row_offset + s.row), quad = (uint32_t)(column / 4);
+    draw_columns<AS_WORDS>(noise_of(p), row, quad, s.padded + shift, buffer);
     return buffer + shift;
 }
 
@@ -320,18 +325,20 @@ struct KlSum {
     Product sigmas, prior_sigmas;
 };
 
+// The noise itself, which tests compare with its definition.
+INLINE void noise_of_stretch(const Problem& p, const Stretch& s) {
+    float buffer[SEGMENT + GROUP];
+    const float* noise = p.output == WORD ? draw<true>(p, s, buffer) : draw(p, s, buffer);
+    std::memcpy((float*)p.weight.data + s.first_of_weight, noise, s.columns * sizeof(float));
+}
+
 template <bool KL, bool SCALAR, bool TAIL>
 INLINE double forward(const Problem& p, const Stretch& s) {
     float buffers[6][SEGMENT + GROUP];
-    const float* eps = p.output == WEIGHT || p.output == NORMAL ? draw(p, s, buffers[0]) : nullptr;
+    const float* eps = p.output == WEIGHT ? draw(p, s, buffers[0]) : nullptr;
     const float* mu = fetch(p.mu, s, 0.0f, buffers[1]);
     const float* rho = fetch(p.rho, s, 0.0f, buffers[2]);
     float* weight = p.output == NONE ? nullptr : target(p.weight, s, s.first_of_weight, buffers[5]);
-    if (p.output == NORMAL) {
-        for (int i = 0; i < s.padded; i += LANES) store(weight + i, load(eps + i));
-        flush(p.weight, s, s.first_of_weight, weight);
-        return 0.0;
-    }
     double result = 0.0;
     if constexpr (KL) {
         Prior<SCALAR> prior(p, s, buffers[3], buffers[4]);
@@ -417,6 +424,10 @@ INLINE double backward_of_segment(const Problem& p, int64_t row, int64_t first, 
 }
 
 double forward_pass(const Problem& p, int64_t row, int64_t first, int columns) {
+    if (p.output == NORMAL || p.output == WORD) {
+        noise_of_stretch(p, Stretch(p, row, first, columns));
+        return 0.0;
+    }
     if (!p.prior_sigma.data) return forward_of_segment<false, true>(p, row, first, columns);
     return p.scalar_prior ? forward_of_segment<true, true>(p, row, first, columns)
                           : forward_of_segment<true, false>(p, row, first, columns);

@@ -85,12 +85,21 @@ def weight_variance(
     return variance, kl_tensor(library().forward(problem, Output.VARIANCE), mu, with_kl)
 
 
-def normal(mu: Tensor, rho: Tensor, seed: Tensor, sample: Tensor | None, address: Sequence[int]) -> Tensor:
-    """eps of mu's shape in float32: `fusedbayes.noise.normal` to 1e-5."""
-    eps = mu.new_empty(mu.shape, dtype=torch.float32)
-    problem = make_problem(Parameter(mu, rho, None, None), Key(seed, sample, address), with_kl=False, weight=eps)
-    library().forward(problem, Output.NORMAL)
-    return eps
+def normal(shape: tuple[int, int], seed: Tensor, sample: Tensor | None, address: Sequence[int]) -> Tensor:
+    """eps, float32: `fusedbayes.noise.normal` to 1e-5."""
+    return _noise(torch.empty(shape), Output.NORMAL, Key(seed, sample, address))
+
+
+def words(shape: tuple[int, int], seed: Tensor, sample: Tensor | None, address: Sequence[int]) -> Tensor:
+    """The word of each column as int32, the bits of `fusedbayes.noise.philox_words`."""
+    return _noise(torch.empty(shape, dtype=torch.int32), Output.WORD, Key(seed, sample, address))
+
+
+def _noise(out: Tensor, kind: Output, key: Key) -> Tensor:
+    # Neither mean nor deviation is read.
+    problem = make_problem(Parameter(out, out, None, None), key, with_kl=False, weight=out)
+    library().forward(problem, kind)
+    return out
 
 
 def weight_kl(mu: Tensor, rho: Tensor, prior_mu: Tensor | None, prior_sigma: Tensor | None) -> Tensor:

@@ -1,0 +1,278 @@
+"""The CPU kernel, on every instruction set of this machine, against the operators in PyTorch at double precision."""
+
+import math
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from problems import (
+    EXTREME_NORMALS,
+    EXTREME_RHO,
+    EXTREME_WORDS,
+    PRIORS,
+    Problem,
+    assert_close,
+    assert_kl_close,
+    make_parameter,
+    make_problem,
+)
+from torch import Tensor
+
+from fusedbayes import noise, reference
+from fusedbayes.kernels import cpu
+from fusedbayes.kernels.cpu import linear, native
+from fusedbayes.noise import Address
+from fusedbayes.reference import GaussianParameter
+
+ops = torch.ops.fusedbayes
+
+LIBRARY = native.load()
+pytestmark = pytest.mark.skipif(isinstance(LIBRARY, str), reason=f"no CPU kernel: {LIBRARY}")
+DTYPES = [pytest.param(torch.float32, id="fp32"), pytest.param(torch.bfloat16, id="bf16")]
+# A row longer than the C++ works on at a time, rows that end within a vector, in a group and with one, single elements.
+SHAPES = [(33, 37, 44), (1, 21, 64), (5, 3, 1091), (33, 5, 7), (3, 1, 1), (0, 5, 3), (2, 3, 0), (2, 0, 3)]
+
+
+def available() -> Sequence[str]:
+    """The instruction sets that this machine has, the portable one among them."""
+    best = "portable" if isinstance(LIBRARY, str) else LIBRARY.instruction_set
+    return native.INSTRUCTION_SETS[: native.INSTRUCTION_SETS.index(best) + 1]
+
+
+def use(monkeypatch: pytest.MonkeyPatch, **fields: Any) -> None:
+    monkeypatch.setattr(native, "load", lambda: replace(LIBRARY, **fields))
+
+
+@pytest.fixture(params=available())
+def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    use(monkeypatch, instruction_set=request.param)
+    return request.param
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of a few rows of W at a time."""
+    monkeypatch.setattr(linear, "BLOCK", 200)
+    monkeypatch.setattr(linear, "_workspace", linear._Workspace())
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Leaves the number of threads as it was."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def check_forward(problem: Problem) -> None:
+    y, kl = ops.bayes_linear(*problem.forward)
+    expected, expected_kl = ops.bayes_linear(*problem.exact().forward)
+    assert y.dtype == problem.x.dtype
+    assert_close(y, expected, terms=problem.x.shape[1] + 1, operands=y.dtype)
+    if problem.with_kl:
+        assert_kl_close(kl, expected_kl, weights=expected.shape[1] * (problem.x.shape[1] + 1))
+    else:
+        assert kl.shape == (0,)
+
+
+def check_backward(problem: Problem, needs_x: bool = True, needs_weight: bool = True) -> None:
+    M, N = problem.grad_y.shape
+    needs = needs_x, needs_weight
+    grad_x, *grads = ops.bayes_linear_backward(*problem.backward_weight, *needs)
+    expected_x, *expected = ops.bayes_linear_backward(*problem.exact().backward_weight, *needs)
+    assert grad_x.dtype == problem.x.dtype
+    assert grad_x.shape == expected_x.shape
+    assert_close(grad_x, expected_x, terms=N, operands=problem.x.dtype)
+    for grad, exact in zip(grads, expected, strict=True):
+        assert grad.dtype == problem.weight[0].dtype
+        assert grad.shape == exact.shape
+        # dY^T X is rounded to x's dtype, as it is for nn.Linear: one more rounding of a sum of M products.
+        assert_close(grad, exact, terms=max(M, 1), operands=problem.x.dtype)
+
+
+@pytest.mark.parametrize("seed", [0, -1, 2**62 + 12345])
+@pytest.mark.parametrize("column", [0, 2**33 - 2, 2**34 - 70])
+@pytest.mark.parametrize("row", [0, 2**31 - 1, 2**32 - 3])
+def test_words_equal_pytorch_words(instruction_set: str, row: int, column: int, seed: int) -> None:
+    where = {"sample": torch.tensor(2**32 - 1), "address": Address(2**31 + 7, row, column)}
+    words = cpu.words((3, 70), torch.tensor(seed), **where)
+    first, last = column // 4, (column + 69) // 4
+    quads, rows = torch.arange(first, last + 1)[None, :], torch.arange(row, row + 3)[:, None]
+    expected = torch.stack(noise.philox_words(torch.tensor(seed), quads, rows, 2**32 - 1, 2**31 + 7), -1)
+    shift = column - 4 * first
+    assert torch.equal(words.long() & 0xFFFFFFFF, expected.flatten(1)[:, shift : shift + 70])
+
+
+@pytest.mark.parametrize("columns", [1, 15, 64, 1091])
+@pytest.mark.parametrize("column_offset", range(4))
+def test_normals_equal_pytorch_normals(instruction_set: str, column_offset: int, columns: int) -> None:
+    where = {"stream": 3, "row_offset": 5, "column_offset": column_offset}
+    eps = cpu.normal((4, columns), torch.tensor(7), torch.tensor(2), tuple(where.values()))
+    expected = noise.normal(7, 4, columns, sample=2, **where)
+    torch.testing.assert_close(eps, expected, rtol=0, atol=1e-5)  # the contract's bound
+
+
+def test_normals_at_the_ends_of_the_words(instruction_set: str) -> None:
+    for (quad, row, sample, stream), expected in zip(EXTREME_WORDS, EXTREME_NORMALS, strict=True):
+        eps = cpu.normal((1, 4), torch.tensor(0), torch.tensor(sample), Address(stream, row, 4 * quad))
+        torch.testing.assert_close(eps, torch.tensor([expected]), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bayes_linear(instruction_set: str, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+    problem = make_problem(shape, dtype=dtype)
+    check_forward(problem)
+    check_backward(problem)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("prior", PRIORS)
+def test_priors_and_bias(instruction_set: str, small_blocks: None, prior: str, bias: bool) -> None:
+    addresses = {"weight_address": Address(8, 2**31, 3), "bias_address": Address(9, 1, 2)}
+    problem = make_problem((5, 18, 70), prior=prior, bias=bias, **addresses)
+    check_forward(problem)
+    check_backward(problem)
+
+
+@pytest.mark.parametrize("options", [{"with_kl": False}, {"sample": None}, {"sample": 2**32 - 1}], ids=str)
+def test_options(options: dict[str, Any]) -> None:
+    problem = make_problem((5, 18, 20), **options)
+    check_forward(problem)
+    check_backward(problem)
+
+
+@pytest.mark.parametrize(("needs_x", "needs_weight"), [(True, False), (False, True)], ids=["input", "weight"])
+def test_gradients_that_are_needed(small_blocks: None, needs_x: bool, needs_weight: bool) -> None:
+    check_backward(make_problem((5, 18, 20)), needs_x, needs_weight)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_16_bit_parameters(instruction_set: str, small_blocks: None, dtype: torch.dtype) -> None:
+    problem = make_problem((5, 18, 37), dtype=dtype, parameter_dtype=torch.bfloat16, prior="per-weight")
+    check_forward(problem)
+    check_backward(problem)
+
+
+def test_strides() -> None:
+    problem = make_problem((5, 18, 20), prior="per-weight")
+    strided = problem.map(lambda t: t.t().contiguous().t() if t.dim() == 2 else t.repeat_interleave(2)[::2])
+    strided = strided._replace(grad_kl=problem.grad_kl)
+    for actual, expected in zip(ops.bayes_linear(*strided.forward), ops.bayes_linear(*problem.forward), strict=True):
+        torch.testing.assert_close(actual, expected)
+    check_backward(strided)
+
+
+@pytest.mark.parametrize("parameter_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("prior", PRIORS[1:])
+def test_sample_weight(instruction_set: str, prior: str, dtype: torch.dtype, parameter_dtype: torch.dtype) -> None:
+    problem = make_problem((1, 17, 81), prior=prior, parameter_dtype=parameter_dtype)
+    exact = problem.exact()
+    weight, kl = ops.sample_weight(*problem.sample_weight(dtype))
+    expected, expected_kl = ops.sample_weight(*exact.sample_weight(torch.float64))
+    assert weight.dtype == dtype
+    assert_close(weight, expected, terms=1, operands=torch.float32)
+    assert_kl_close(kl, expected_kl, weights=17 * 81)
+    assert_kl_close(ops.weight_kl(*problem.weight), expected_kl, weights=17 * 81)
+    cotangents = torch.randn(17, 81, dtype=dtype), problem.grad_kl
+    for used in (cotangents, (cotangents[0], None), (None, cotangents[1])):
+        seed = None if used[0] is None else problem.seed
+        grads = ops.sample_weight_backward(*used, *problem.weight, seed, problem.sample, problem.weight_address)
+        doubled = (None if cotangent is None else cotangent.double() for cotangent in used)
+        exact_grads = ops.sample_weight_backward(*doubled, *exact.weight, seed, *exact.noise[1:])
+        for grad, exact_grad in zip(grads, exact_grads, strict=True):
+            assert grad.dtype == parameter_dtype
+            assert_close(grad, exact_grad, terms=1, operands=torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weight_variance(instruction_set: str, dtype: torch.dtype) -> None:
+    parameter = make_parameter((17, 81), torch.float32, "scalar")
+    variance, kl = cpu.weight_variance(*parameter, dtype, True)
+    exact = [tensor.double() for tensor in parameter]
+    expected = reference.sigma_from_rho(exact[1]).square()
+    # exp is off by 1.1e-7, log1p by 2.2e-7, relatively, and a rounding or two each: sigma by 2^-21, its square by twice
+    # that.
+    torch.testing.assert_close(variance.double(), expected, rtol=torch.finfo(dtype).eps + 2.0**-20, atol=0)
+    assert_kl_close(kl, reference.weight_kl(GaussianParameter(*exact)), weights=17 * 81)
+
+
+@pytest.mark.parametrize("grad_kl", [0.3, 65536.0], ids=["ordinary", "scaled"])
+def test_extreme_rho(instruction_set: str, grad_kl: float) -> None:
+    rho = torch.tensor([EXTREME_RHO])
+    parameter = torch.full_like(rho, 0.5), rho, torch.tensor(0.0), torch.tensor(0.1)
+    exact = [tensor.double() for tensor in parameter]
+    sigma = reference.sigma_from_rho(exact[1])
+    key = torch.tensor(1), None, Address()
+    weight, _ = ops.sample_weight(*parameter, *key, torch.float32, True)
+    expected, _ = ops.sample_weight(*exact, *key, torch.float64, True)
+    # The noise is right to 1e-5; mu + sigma eps is rounded once.
+    assert ((weight.double() - expected).abs() <= 1e-5 * sigma + 2.0**-23 * expected.abs()).all()
+    for i in range(rho.shape[1]):
+        kl = ops.weight_kl(parameter[0][:, i : i + 1], rho[:, i : i + 1], *parameter[2:])
+        expected_kl = ops.weight_kl(exact[0][:, i : i + 1], exact[1][:, i : i + 1], *exact[2:])
+        # Terms of order 100: four roundings, and sigma's own.
+        torch.testing.assert_close(kl.double(), expected_kl, rtol=2.0**-21, atol=100 * 2.0**-23)
+    cotangents = torch.ones_like(rho), torch.tensor(grad_kl)
+    grads = ops.sample_weight_backward(*cotangents, *parameter, *key)
+    exact_grads = ops.sample_weight_backward(*(c.double() for c in cotangents), *exact, *key)
+    for grad, exact_grad in zip(grads, exact_grads, strict=True):
+        torch.testing.assert_close(grad.double(), exact_grad, rtol=100 * 2.0**-23, atol=2e-5)
+
+
+@pytest.mark.parametrize("prior", ["scalar", "per-weight"])
+@pytest.mark.parametrize("columns", [512, 509])
+def test_the_kl_of_a_posterior_that_is_the_prior(instruction_set: str, columns: int, prior: str) -> None:
+    rho = torch.full((16, columns), -2.0)
+    sigma = reference.sigma_from_rho(rho.double()).float()
+    parameter = torch.full_like(rho, 0.3), rho, torch.tensor(0.3), sigma if prior == "per-weight" else sigma[0, 0]
+    # sigma is off by 2^-21, relatively; the KL's logarithm and its square by as much.
+    assert abs(ops.weight_kl(*parameter).item()) < 2 * 2.0**-21 * rho.numel()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_is_not_hidden(instruction_set: str, value: float) -> None:
+    rho = torch.full((3, 70), -2.0)
+    rho[1, 67] = value
+    parameter = torch.zeros_like(rho), rho, torch.tensor(0.0), torch.tensor(1.0)
+    weight, kl = ops.sample_weight(*parameter, torch.tensor(1), None, Address(), torch.bfloat16, True)
+    assert not weight[1, 67].isfinite()
+    assert weight.isfinite().sum() == rho.numel() - 1
+    assert not kl.isfinite()
+
+
+@pytest.mark.parametrize("parallel", [True, False], ids=["openmp", "own-threads"])
+def test_every_number_of_threads_gives_the_same_bits(
+    parallel: bool, threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not parallel:
+        use(monkeypatch, parallel=None)
+    problem = make_problem((1, 77, 1091))  # several chunks of work, the last one smaller
+    results = []
+    for number in (1, 2, 3, 7):
+        torch.set_num_threads(number)
+        grads = ops.sample_weight_backward(problem.weight[0], problem.grad_kl, *problem.weight, *problem.noise)
+        results.append((*ops.sample_weight(*problem.sample_weight(torch.float32)), *grads))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_threads_of_the_user_do_not_share_a_workspace(small_blocks: None) -> None:
+    problems = [make_problem((3, 64, 64)) for _ in range(4)]
+    expected = [ops.bayes_linear(*problem.forward)[0] for problem in problems]
+    actual: list[Tensor | None] = [None] * len(problems)
+
+    def work(index: int) -> None:
+        for _ in range(20):
+            actual[index] = ops.bayes_linear(*problems[index].forward)[0]
+
+    workers = [threading.Thread(target=work, args=(index,)) for index in range(len(problems))]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
