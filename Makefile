@@ -7,10 +7,10 @@ WORKERS ?= 2
 PEERS := bayesian-torch torchbnn blitz-bayesian-pytorch
 RECORDS := .benchmarks/quick.jsonl
 
-.PHONY: demo test lint bench bench-compare clean
+.PHONY: demo test lint bench bench-compare sanitize clean
 
 # torch comes first and by its exact version, which finds a CPU build where there is one.
-.venv/installed: constraints.txt pyproject.toml setup.py
+.venv/installed: constraints.txt pyproject.toml setup.py kernels/cpu/fused.cpp kernels/cpu/passes.h
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,lint]"
@@ -44,7 +44,18 @@ bench-compare: $(RECORDS)
 	git show "HEAD:$$($(BIN)/python -m bench.report --where)/quick.json" > .benchmarks/kept.json
 	$(BIN)/python -m bench.compare .benchmarks/kept.json $(RECORDS)
 
+# The CPU kernel's own tests under the address and undefined behaviour sanitizers, in a copy of the tree.
+SANITIZED := build/sanitized
+SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -g
+sanitize: .venv/installed
+	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
+	cp -r fusedbayes kernels tests pyproject.toml setup.py README.md LICENSE $(SANITIZED)
+	rm -f $(SANITIZED)/kernels/cpu/*.so
+	cd $(SANITIZED) && CFLAGS="$(SANITIZERS)" LDFLAGS="$(SANITIZERS)" ../../$(BIN)/python setup.py -q build_ext --inplace
+	cd $(SANITIZED) && LD_PRELOAD=$$(cc -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
+		../../$(BIN)/python -m pytest tests/test_kernels_cpu.py
+
 FORCE:
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv build *.egg-info kernels/cpu/*.so
