@@ -117,7 +117,7 @@ INLINE void box_muller(Words radius_word, Words angle_word, Floats& z0, Floats& 
     const Ints quarter = (Ints)((angle_word + 0x20000000u)) >> 30;
     const Floats f = __builtin_convertvector((Ints)((Words)angle - ((Words)quarter << 30)), Floats) * 0x1p-31f;
     const Floats square = f * f;
-    Floats sine = square * -0.5878130032902308f + 2.549628895227317f;  // sin(pi f) / f, relative error 1.2e-9
+    Floats sine = square * -0.5878130032902308f + 2.549628895227317f;  // sin(pi f) / f, error of the sine 1.2e-9
     sine = sine * square - 5.167703505345169f;
     sine = (sine * square + 3.1415926101709757f) * f;
     Floats cosine = square * -1.3061351340390543f + 4.057578368256351f;  // cos(pi f), error 2.8e-8
