@@ -150,20 +150,20 @@ def _fused_kl(model: nn.Module) -> Iterator[Callable[[], Tensor]]:
                 kls += [layer.kl_of(name) for name in names]
         return _sum(kls, model)
 
+    # Into __dict__: a module's own way of setting attributes is for parameters, and slow.
     for layer in fused:
-        layer._kl_wanted = True
+        vars(layer)["_kl_wanted"] = True
     try:
         yield total
     finally:
         for layer in fused:
             results[layer] = layer._kl_of_forward
-            layer._kl_wanted = False
-            layer._kl_of_forward = None
+            vars(layer).update(_kl_wanted=False, _kl_of_forward=None)
 
 
 def _is_current(result: FusedKL, layer: BayesModule) -> bool:
     """Whether the KL is of the layer's present parameters, and differentiable in those that want a gradient."""
-    present = [tensor for name in layer.names() for tensor in layer.gaussian(name)[:2]]
+    present = [getattr(layer, f"{name}_{part}") for name in layer.names() for part in ("mu", "rho")]
     if any(then is not now for then, now in zip(result.parameters, present, strict=True)):
         return False
     wanted = [tensor.requires_grad and torch.is_grad_enabled() for tensor in present]
