@@ -167,6 +167,7 @@ def environment(device: str) -> dict[str, Any]:
         "cuda": torch.version.cuda if device == "cuda" else None,
         "python": platform.python_version(),
         "fusedbayes": fusedbayes.__version__,
+        "backend": fusedbayes.backend_info()[device].reason,
         "peers": {package: _version(package) for package in PEERS},
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "commit": _commit(),
