@@ -78,7 +78,7 @@ def variant(launch: KernelLaunch) -> Variant:
         name = str(constants["DOT_DTYPE"])
         operands = constants["INPUT_PRECISION"] if name == "fp32" else name
     else:
-        sampled = (arguments.get(name) for name in ("weight_ptr", "grad_weight_ptr", "out_ptr"))
+        sampled = (arguments.get(name) for name in ("sampled_ptr", "grad_weight_ptr", "out_ptr"))
         operands = next((_dtype(tensor) for tensor in sampled if tensor is not None), "fp32")
     tile = " x ".join(f"{constants[name]} {letter}" for name, letter in TILE.items() if name in constants)
     if constants.get("UNROLL", 1) > 1:
@@ -86,8 +86,9 @@ def variant(launch: KernelLaunch) -> Variant:
     tile += "".join(
         f", {launch.options[name]} {name[4:]}" for name in ("num_warps", "num_stages") if name in launch.options
     )
-    with_kl = any(arguments.get(name) is not None for name in ("kl_ptr", "grad_kl_ptr"))
-    parameters = _dtype(arguments["mu_ptr"]) if "mu_ptr" in arguments else "fp32"
+    with_kl = any(arguments.get(name) is not None for name in ("kl", "grad_kl_ptr"))
+    weight = arguments.get("weight")
+    parameters = "fp32" if weight is None else _dtype(weight.mu)
     flags = {
         "KL": with_kl,
         "one batch row": arguments.get("M") == 1,
@@ -96,7 +97,7 @@ def variant(launch: KernelLaunch) -> Variant:
         "sizes that tiles do not divide": not all(v for k, v in constants.items() if k.startswith("EVEN")),
         "single rows": constants.get("BLOCK_N") == 1,
         "no whole quads": not all(v for k, v in constants.items() if k.endswith("QUADS")),
-        "prior per weight": with_kl and not all(constants.get(f"PRIOR_{n}_SCALAR", True) for n in ("MU", "SIGMA")),
+        "prior per weight": with_kl and not (weight.PRIOR_MU_SCALAR and weight.PRIOR_SIGMA_SCALAR),
         f"{parameters} parameters": parameters != "fp32",
     }
     return Variant(launch.name, launch.capability, operands, tile, tuple(name for name, true in flags.items() if true))

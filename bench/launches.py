@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction, MockTensor
 
@@ -92,11 +92,11 @@ class KernelLaunch(NamedTuple):
     @property
     def bytes(self) -> int:
         """Of all its tensors, each read or written once."""
-        return sum(_size(value) for value in self.arguments.values())
+        return sum(map(_size, tree_leaves(list(self.arguments.values()))))
 
     def compile(self) -> Any:
         """Triton's compiled kernel, for the launch's target."""
-        arguments = map(_mocked, map(self.arguments.__getitem__, self.function.arg_names))
+        arguments = tree_map(_mocked, [self.arguments[name] for name in self.function.arg_names])
         with _target(self.capability):
             return _compile_and_run(self.function, *arguments, grid=self.grid, warmup=True, **self.options)
 
@@ -145,7 +145,7 @@ class _Recorder(TorchDispatchMode):
     def launch(self, function: Any, *arguments: Any, grid: tuple[int, ...], warmup: bool, **options: Any) -> None:
         """Stands in for `JITFunction.run`."""
         *_, bind = function.device_caches[self.capability]
-        bound, *_ = bind(*map(_mocked, arguments), **options, debug=False, instrumentation_mode="")
+        bound, *_ = bind(*tree_map(_mocked, arguments), **options, debug=False, instrumentation_mode="")
         named = bound | dict(zip(function.arg_names, arguments, strict=False))
         rest = {name: value for name, value in options.items() if name not in named}
         self.launches.append(KernelLaunch(self.capability, function, named, rest, grid))

@@ -130,7 +130,7 @@ def _phases(launch: KernelLaunch, facts: Facts) -> list[_Work]:
     flop = 2 * steps_m * constants["BLOCK_M"] * weights
     matmul = flop / launch.programs / (FLOP_RATE / MULTIPROCESSORS)
     if launch.name != EPILOGUE:
-        moved += (steps_m - 1) * (_bytes(arguments["mu_ptr"]) + _bytes(arguments["rho_ptr"]))
+        moved += (steps_m - 1) * (_bytes(arguments["weight"].mu) + _bytes(arguments["weight"].rho))
         return [_drawing(facts, steps_m * weights / launch.programs, matmul, moved / launch.programs)]
     issue = steps_m * facts.product_loop * facts.threads / (LANES * CLOCK)
     waiting = steps_m * MEMORY_LATENCY / max(1, facts.ahead)

@@ -5,50 +5,38 @@ import triton.language as tl
 
 from fusedbayes.kernels.gaussian import gaussian_gradients, kl_centres, kl_from_sums, kl_terms, sigma_from_rho
 from fusedbayes.kernels.noise import normal_vector
+from fusedbayes.kernels.parameter import load_elements, open_prior, prior_at
 
 
 @triton.jit
-def _load(ptr, outputs, exist, other: tl.constexpr, IS_SCALAR: tl.constexpr = False):
-    """The elements (R,) at `outputs` in fp32, or the scalar."""
-    if IS_SCALAR:
-        value = tl.load(ptr).to(tl.float32)
-    else:
-        value = tl.load(ptr + outputs, mask=exist, other=other).to(tl.float32)
-    return value
+def _load(bias, outputs, exist):
+    """mu and rho at `outputs`, in fp32."""
+    mu = load_elements(bias.mu, outputs, exist, 0.0).to(tl.float32)
+    return mu, load_elements(bias.rho, outputs, exist, 0.0).to(tl.float32)
 
 
 @triton.jit
 def sample_bias(
-    mu_ptr,  # (N,)
-    rho_ptr,  # (N,)
-    prior_mu_ptr,  # () or (N,), read with WITH_KL
-    prior_sigma_ptr,  # () or (N,), read with WITH_KL
+    bias,  # a `Gaussian` (N,)
+    noise,  # of one row, at the columns of the outputs
     outputs,  # (R,)
     N,
-    seed,
-    sample,
-    row,
-    column,
-    stream,
     WITH_KL: tl.constexpr,
-    PRIOR_MU_SCALAR: tl.constexpr,
-    PRIOR_SIGMA_SCALAR: tl.constexpr,
 ):
-    """b = mu + sigma eps at `outputs`, fp32, and the sum of their KL; row, column: of the bias in the noise."""
+    """b = mu + sigma eps at `outputs`, fp32, and the sum of their KL."""
     exist = outputs < N
-    mu = _load(mu_ptr, outputs, exist, 0.0)
-    sigma = sigma_from_rho(_load(rho_ptr, outputs, exist, 0.0))
-    bias = mu + sigma * normal_vector(seed, row, tl.cast(column, tl.int64) + outputs, sample, stream)
+    mu, rho = _load(bias, outputs, exist)
+    sigma = sigma_from_rho(rho)
     kl = 0.0
     if WITH_KL:
-        prior_mu = _load(prior_mu_ptr, outputs, exist, 0.0, PRIOR_MU_SCALAR)
-        prior_sigma = _load(prior_sigma_ptr, outputs, exist, 1.0, PRIOR_SIGMA_SCALAR)
-        logarithm, scale, shift = kl_terms(mu, sigma, prior_mu, prior_sigma, PRIOR_SIGMA_SCALAR)
-        centres = kl_centres(prior_sigma, PRIOR_SIGMA_SCALAR)
+        prior = open_prior(bias, 0)
+        prior_mu, prior_sigma = prior_at(prior, outputs, exist)
+        centres = kl_centres(prior[1])
+        logarithm, scale, shift = kl_terms(mu, sigma, prior_mu, prior_sigma)
         logarithms = tl.sum(tl.where(exist, logarithm - centres[0], 0.0))
         squares = tl.sum(tl.where(exist, scale * scale + shift * shift - centres[1], 0.0))
         kl = kl_from_sums(logarithms, squares, centres)
-    return bias, kl
+    return mu + sigma * normal_vector(*noise), kl
 
 
 @triton.jit
@@ -67,35 +55,23 @@ def sum_over_batch(grad_y_ptr, M, N, stride_m, stride_n, outputs):
 
 @triton.jit
 def store_bias_gradients(
-    grad_mu_ptr,  # (N,)
-    grad_rho_ptr,  # (N,)
+    grads,  # `Gradients` (N,)
     grad_bias,  # (R,) fp32
     grad_kl_ptr,  # () fp32, or None
-    mu_ptr,  # (N,)
-    rho_ptr,  # (N,)
-    prior_mu_ptr,  # () or (N,)
-    prior_sigma_ptr,  # () or (N,)
+    bias,  # a `Gaussian` (N,)
+    noise,  # of one row, at the columns of the outputs
     outputs,  # (R,)
     N,
-    seed,
-    sample,
-    row,
-    column,
-    stream,
-    PRIOR_MU_SCALAR: tl.constexpr,
-    PRIOR_SIGMA_SCALAR: tl.constexpr,
 ):
     """dmu and drho at `outputs` of `gaussian_gradients`, the noise drawn again."""
     exist = outputs < N
-    mu, rho = _load(mu_ptr, outputs, exist, 0.0), _load(rho_ptr, outputs, exist, 0.0)
+    mu, rho = _load(bias, outputs, exist)
     grad_kl, prior_mu, prior_sigma = 0.0, 0.0, 1.0
     if grad_kl_ptr is not None:
         grad_kl = tl.load(grad_kl_ptr)
-        prior_mu = _load(prior_mu_ptr, outputs, exist, 0.0, PRIOR_MU_SCALAR)
-        prior_sigma = _load(prior_sigma_ptr, outputs, exist, 1.0, PRIOR_SIGMA_SCALAR)
-    eps = normal_vector(seed, row, tl.cast(column, tl.int64) + outputs, sample, stream)
+        prior_mu, prior_sigma = prior_at(open_prior(bias, 0), outputs, exist)
     grad_mu, grad_rho = gaussian_gradients(
-        grad_bias, grad_kl, mu, rho, eps, prior_mu, prior_sigma, grad_kl_ptr is not None
+        grad_bias, grad_kl, mu, rho, normal_vector(*noise), prior_mu, prior_sigma, grad_kl_ptr is not None
     )
-    tl.store(grad_mu_ptr + outputs, grad_mu.to(grad_mu_ptr.dtype.element_ty), mask=exist)
-    tl.store(grad_rho_ptr + outputs, grad_rho.to(grad_rho_ptr.dtype.element_ty), mask=exist)
+    tl.store(grads.mu + outputs, grad_mu.to(grads.mu.dtype.element_ty), mask=exist)
+    tl.store(grads.rho + outputs, grad_rho.to(grads.rho.dtype.element_ty), mask=exist)

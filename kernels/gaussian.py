@@ -34,14 +34,14 @@ def sigma_from_rho(rho):
 
 
 @triton.jit
-def kl_terms(mu, sigma, prior_mu, prior_sigma, PRIOR_SIGMA_SCALAR: tl.constexpr):
+def kl_terms(mu, sigma, prior_mu, prior_sigma):
     """What varies in the KL of a weight: a logarithm to base 2, and two numbers whose squares are added up.
 
     KL = log(s0 / sigma) + (sigma^2 + (mu - m0)^2) / (2 s0^2) - 1/2. If s0 is one number, it comes in later.
     """
     logarithm = log2(sigma)
     shift = mu - prior_mu
-    if not PRIOR_SIGMA_SCALAR:
+    if prior_sigma.type.is_block():
         inverse = reciprocal(prior_sigma)
         logarithm -= log2(prior_sigma)
         sigma *= inverse
@@ -50,13 +50,14 @@ def kl_terms(mu, sigma, prior_mu, prior_sigma, PRIOR_SIGMA_SCALAR: tl.constexpr)
 
 
 @triton.jit
-def kl_centres(prior_sigma, PRIOR_SIGMA_SCALAR: tl.constexpr):
+def kl_centres(prior_sigma):
     """What the logarithm and the sum of both squares of `kl_terms` are where posterior and prior are the same.
 
     It is taken off before the terms are added up: the difference of two large sums would be wrong where it is small.
+    prior_sigma: the number, or a pointer to one for each weight.
     """
     logarithm, square = 0.0, 1.0
-    if PRIOR_SIGMA_SCALAR:
+    if not prior_sigma.dtype.is_ptr():
         logarithm, square = log2(prior_sigma), prior_sigma * prior_sigma
     return logarithm, square
 

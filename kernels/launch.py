@@ -14,34 +14,10 @@ NOT_SPECIALIZED = ["row_offset", "quad_offset", "stream", "bias_row", "bias_colu
 Parameter = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
-def contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
-
-
-def pointers(parameter: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """A parameter's tensors, row-major as the kernels take them."""
-    return [contiguous(tensor) for tensor in parameter]
-
-
-def scalar_priors(parameter: Sequence[Tensor | None], prefix: str = "") -> dict[str, bool]:
-    """Which of the priors are single numbers, as constants of a kernel."""
-    _, _, *priors = parameter
-    names = (f"{prefix}PRIOR_MU_SCALAR", f"{prefix}PRIOR_SIGMA_SCALAR")
-    return {name: prior is None or prior.dim() == 0 for name, prior in zip(names, priors, strict=True)}
-
-
 def bias_noise(address: Sequence[int]) -> tuple[int, int, int]:
     """An address in the order of the kernels' arguments bias_row, bias_column and bias_stream."""
     stream, row_offset, column_offset = address
     return row_offset, column_offset, stream
-
-
-def empty_gradients(parameter: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the gradients of mu and rho go; if there is no parameter, two of `like`'s dtype without an element."""
-    mu, rho, *_ = parameter
-    if mu is None or rho is None:
-        return like.new_empty(0), like.new_empty(0)
-    return mu.new_empty(mu.shape), rho.new_empty(rho.shape)
 
 
 def whole_quads(strides: Sequence[int]) -> bool:

@@ -1,6 +1,7 @@
 """y = x W^T + b with W drawn inside the product: one pass over (mu, rho) gives the output and the KL."""
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -17,102 +18,96 @@ from fusedbayes.kernels.launch import (
     bias_noise,
     capability,
     dot_options,
-    pointers,
-    scalar_priors,
     whole_quads,
     with_near_rows,
 )
-from fusedbayes.kernels.noise import load_key, normal_tile
+from fusedbayes.kernels.noise import Noise, load_key, normal_tile
+from fusedbayes.kernels.parameter import gaussian, load_elements, open_prior, prior_at
+from fusedbayes.kernels.quads import sum_quads, sum_squares_of_quads
 from fusedbayes.kernels.sample import sample_layer
 from fusedbayes.kernels.select import select_config
-from fusedbayes.kernels.sums import (
-    arrival_counter,
-    partial_results,
-    reduce,
-    sum_in_order,
-    sum_quads,
-    sum_rows,
-    sum_squares_of_quads,
-)
+from fusedbayes.kernels.sums import new_total, partial_results, reduce, sum_in_order, sum_rows, value_of
 
 
-@triton.jit
-def _load(ptr, offsets, exist, MASKED: tl.constexpr, other: tl.constexpr):
-    if MASKED:
-        tile = tl.load(ptr + offsets, mask=exist, other=other)
-    else:
-        tile = tl.load(ptr + offsets)
-    return tile
+class _Tiles(NamedTuple):
+    """What the steps of a program share.
+
+    Attributes:
+        x_ptr, weight: at the program's first row; x_offsets (BLOCK_K, BLOCK_M), weight_offsets (BLOCK_N, BLOCK_K): of
+            the first tile of columns.
+        prior: of `open_prior`; centres: of the KL's terms.
+        noise: of the first tile of columns.
+    """
+
+    x_ptr: Any
+    x_offsets: Any
+    stride_xk: Any
+    mu_ptr: Any
+    rho_ptr: Any
+    weight_offsets: Any
+    prior: Any
+    centres: Any
+    noise: Any
+    K: Any
+
+
+class _Sums(NamedTuple):
+    """What a program adds up: y^T (BLOCK_N, BLOCK_M), the KL's logarithms and squares (KL_ROWS, BLOCK_K // 4)."""
+
+    y: Any
+    logarithms: Any
+    squares: Any
 
 
 @triton.jit
 def _step(
-    sums,  # y (BLOCK_N, BLOCK_M); logarithms and squares (KL_ROWS, BLOCK_K // 4)
+    sums,
     tile_k,
-    tensors,  # pointers to x, mu, rho and both priors, at this program's rows
-    x_offsets,
-    weight_offsets,
-    prior,  # its mean and deviation, where they are numbers
-    centres,  # of the KL's terms
-    noise,  # seed, rows, quads of tile 0, sample, stream
-    K,
-    stride_xk,
-    MASKED: tl.constexpr,
+    tiles,
     WITH_KL: tl.constexpr,
-    PRIOR_MU_SCALAR: tl.constexpr,
-    PRIOR_SIGMA_SCALAR: tl.constexpr,
+    MASKED: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
-    BLOCK_K: tl.constexpr,
 ):
     """One tile of columns: draw W, multiply, add to the sums that the KL is made of."""
+    BLOCK_K: tl.constexpr = tiles.weight_offsets.shape[1]
     y, logarithms, squares = sums
-    x_ptr, mu_ptr, rho_ptr, prior_mu_ptr, prior_sigma_ptr = tensors
-    seed, rows, quads, sample, stream = noise
+    noise = tiles.noise
     first = tile_k * BLOCK_K
     # A 32-bit sum per four weights and a wide multiply-add per address: cheaper than 64-bit offsets.
-    offsets = weight_offsets + first
-    exist = (first + tl.arange(0, BLOCK_K) < K)[None, :]
-    mu = _load(mu_ptr, offsets, exist, MASKED, 0.0).to(tl.float32)
-    sigma = sigma_from_rho(_load(rho_ptr, offsets, exist, MASKED, 0.0).to(tl.float32))
-    x = _load(x_ptr + tl.cast(first, tl.int64) * stride_xk, x_offsets, tl.trans(exist), MASKED, 0.0)
-    eps = normal_tile(seed, rows, quads + tile_k * (BLOCK_K // 4), sample, stream)
-    weight = (mu + sigma * eps).to(x.dtype)
-    y = tl.dot(weight.to(DOT_DTYPE), x.to(DOT_DTYPE), y, input_precision=INPUT_PRECISION)
+    offsets = tiles.weight_offsets + first
+    exist, x_exist = None, None
+    if MASKED:
+        columns = first + tl.arange(0, BLOCK_K)
+        exist, x_exist = (columns < tiles.K)[None, :], (columns < tiles.K)[:, None]
+    mu = load_elements(tiles.mu_ptr, offsets, exist, 0.0).to(tl.float32)
+    sigma = sigma_from_rho(load_elements(tiles.rho_ptr, offsets, exist, 0.0).to(tl.float32))
+    x = load_elements(tiles.x_ptr + tl.cast(first, tl.int64) * tiles.stride_xk, tiles.x_offsets, x_exist, 0.0)
+    quads = noise.columns + tile_k * (BLOCK_K // 4)
+    weight = mu + sigma * normal_tile(noise.seed, noise.rows, quads, noise.sample, noise.stream)
+    y = tl.dot(weight.to(x.dtype).to(DOT_DTYPE), x.to(DOT_DTYPE), y, input_precision=INPUT_PRECISION)
     if WITH_KL:
-        prior_mu, prior_sigma = prior
-        if not PRIOR_MU_SCALAR:
-            prior_mu = _load(prior_mu_ptr, offsets, exist, MASKED, 0.0).to(tl.float32)
-        if not PRIOR_SIGMA_SCALAR:
-            prior_sigma = _load(prior_sigma_ptr, offsets, exist, MASKED, 1.0).to(tl.float32)
-        logarithm, scale, shift = kl_terms(mu, sigma, prior_mu, prior_sigma, PRIOR_SIGMA_SCALAR)
+        prior_mu, prior_sigma = prior_at(tiles.prior, offsets, exist)
+        logarithm, scale, shift = kl_terms(mu, sigma, prior_mu, prior_sigma)
         logarithm = sum_rows(sum_quads(logarithm), logarithms.shape[0])
-        square = sum_rows(sum_squares_of_quads(scale, shift, -4.0 * centres[1]), squares.shape[0])
-        added: tl.constexpr = 4 * weight_offsets.shape[0] // logarithms.shape[0]  # logarithms in each sum
-        logarithm -= added * centres[0]
+        square = sum_rows(sum_squares_of_quads(scale, shift, -4.0 * tiles.centres[1]), squares.shape[0])
+        added: tl.constexpr = 4 * weight.shape[0] // logarithms.shape[0]  # logarithms in each sum
+        logarithm -= added * tiles.centres[0]
         if MASKED:
-            quads_exist = (first + 4 * tl.arange(0, BLOCK_K // 4) < K)[None, :]
+            quads_exist = (first + 4 * tl.arange(0, BLOCK_K // 4) < tiles.K)[None, :]
             logarithm, square = tl.where(quads_exist, logarithm, 0.0), tl.where(quads_exist, square, 0.0)
         logarithms += logarithm
         squares += square
-    return y, logarithms, squares
+    return _Sums(y, logarithms, squares)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _linear_forward_kernel(
     y_ptr,  # (M, N) row-major, or (splits, M, N) fp32 partial results
-    kl_ptr,  # () fp32, or None
-    partial_ptr,  # (splits * cdiv(N, BLOCK_N),) fp32, or None
-    counter_ptr,  # () int32, zero, or None
+    kl,  # a `Total` of splits * cdiv(N, BLOCK_N) parts, or None
     x_ptr,  # (M, K)
-    mu_ptr,  # (N, K) row-major
-    rho_ptr,  # (N, K) row-major
-    prior_mu_ptr,  # () or (N, K) row-major
-    prior_sigma_ptr,  # () or (N, K) row-major
-    bias_mu_ptr,  # (N,), or None
-    bias_rho_ptr,  # (N,), or None
-    bias_prior_mu_ptr,  # () or (N,), or None
-    bias_prior_sigma_ptr,  # () or (N,), or None
+    weight,  # a `Gaussian` (N, K)
+    bias,  # a `Gaussian` (N,), perhaps of None
     seed_ptr,  # () int64
     sample_ptr,  # () int64, or None for 0
     M,
@@ -129,10 +124,6 @@ def _linear_forward_kernel(
     tiles_per_split,
     EVEN_K: tl.constexpr,  # BLOCK_K divides K
     X_QUADS: tl.constexpr,  # x has whole quads of adjacent columns
-    PRIOR_MU_SCALAR: tl.constexpr,
-    PRIOR_SIGMA_SCALAR: tl.constexpr,
-    BIAS_PRIOR_MU_SCALAR: tl.constexpr,
-    BIAS_PRIOR_SIGMA_SCALAR: tl.constexpr,
     KL_ROWS: tl.constexpr,  # BLOCK_N, or less where it divides N: see `sum_rows`
     DOT_DTYPE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
@@ -151,112 +142,55 @@ def _linear_forward_kernel(
         stride_xm = stride_xm // 4 * 4
     tile_n, split, tile_m = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first_row, first_batch = tile_n * BLOCK_N, tile_m * BLOCK_M
-    rows = first_row + tl.arange(0, BLOCK_N)
-    batch = first_batch + tl.arange(0, BLOCK_M)
+    rows, batch = first_row + tl.arange(0, BLOCK_N), first_batch + tl.arange(0, BLOCK_M)
     # Rows that stick out repeat the last one: drawn, multiplied and not stored, so that no load needs a mask for them.
     weight_offsets = (tl.minimum(rows, N - 1) - first_row)[:, None] * K + tl.arange(0, BLOCK_K)[None, :]
     x_offsets = (tl.minimum(batch, M - 1) - first_batch)[None, :] * stride_xm
     x_offsets += tl.arange(0, BLOCK_K)[:, None] * stride_xk
-    tile_start = first_row.to(tl.int64) * K
-    mu_ptr += tile_start
-    rho_ptr += tile_start
     x_ptr += first_batch.to(tl.int64) * stride_xm
+    start = first_row.to(tl.int64) * K
     seed, sample = load_key(seed_ptr, sample_ptr)
-    prior = 0.0, 1.0
-    centres = 0.0, 1.0
-    if kl_ptr is not None:
-        prior = tl.load(prior_mu_ptr).to(tl.float32), tl.load(prior_sigma_ptr).to(tl.float32)
-        centres = kl_centres(prior[1], PRIOR_SIGMA_SCALAR)
-        if not PRIOR_MU_SCALAR:
-            prior_mu_ptr += tile_start
-        if not PRIOR_SIGMA_SCALAR:
-            prior_sigma_ptr += tile_start
-    tensors = (x_ptr, mu_ptr, rho_ptr, prior_mu_ptr, prior_sigma_ptr)
-    noise = (seed, row_offset + rows, quad_offset + tl.arange(0, BLOCK_K // 4), sample, stream)
+    noise = Noise(seed, row_offset + rows, quad_offset + tl.arange(0, BLOCK_K // 4), sample, stream)
+    WITH_KL: tl.constexpr = kl is not None
+    prior, centres = (0.0, 1.0), (0.0, 1.0)
+    if WITH_KL:
+        prior = open_prior(weight, start)
+        centres = kl_centres(prior[1])
+    tiles = _Tiles(
+        x_ptr, x_offsets, stride_xk, weight.mu + start, weight.rho + start, weight_offsets, prior, centres, noise, K
+    )
     first_tile = split * tiles_per_split
     end_tile = tl.minimum(first_tile + tiles_per_split, tl.cdiv(K, BLOCK_K))
     full_end = tl.minimum(end_tile, K // BLOCK_K)
 
-    y = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    logarithms = tl.zeros((KL_ROWS, BLOCK_K // 4), tl.float32)
-    squares = logarithms
+    terms = tl.zeros((KL_ROWS, BLOCK_K // 4), tl.float32)
+    sums = _Sums(tl.zeros((BLOCK_N, BLOCK_M), tl.float32), terms, terms)
     for tile_k in tl.range(first_tile, full_end, loop_unroll_factor=UNROLL):
-        y, logarithms, squares = _step(
-            (y, logarithms, squares),
-            tile_k,
-            tensors,
-            x_offsets,
-            weight_offsets,
-            prior,
-            centres,
-            noise,
-            K,
-            stride_xk,
-            False,
-            kl_ptr is not None,
-            PRIOR_MU_SCALAR,
-            PRIOR_SIGMA_SCALAR,
-            DOT_DTYPE,
-            INPUT_PRECISION,
-            BLOCK_K,
-        )
+        sums = _step(sums, tile_k, tiles, WITH_KL, False, DOT_DTYPE, INPUT_PRECISION)
     if not EVEN_K:
         if full_end < end_tile:
-            y, logarithms, squares = _step(
-                (y, logarithms, squares),
-                full_end,
-                tensors,
-                x_offsets,
-                weight_offsets,
-                prior,
-                centres,
-                noise,
-                K,
-                stride_xk,
-                True,
-                kl_ptr is not None,
-                PRIOR_MU_SCALAR,
-                PRIOR_SIGMA_SCALAR,
-                DOT_DTYPE,
-                INPUT_PRECISION,
-                BLOCK_K,
-            )
+            sums = _step(sums, full_end, tiles, WITH_KL, True, DOT_DTYPE, INPUT_PRECISION)
 
-    kl = 0.0
-    if kl_ptr is not None:
+    y, logarithms, squares = sums
+    kl_part = 0.0
+    if WITH_KL:
         if KL_ROWS == BLOCK_N:
             logarithms = tl.where(rows[:, None] < N, logarithms, 0.0)
             squares = tl.where(rows[:, None] < N, squares, 0.0)
-        kl = kl_from_sums(tl.sum(logarithms), tl.sum(squares), centres)
-    if bias_mu_ptr is not None:
+        kl_part = kl_from_sums(tl.sum(logarithms), tl.sum(squares), centres)
+    if bias.mu is not None:
         if split == 0:
-            bias, bias_kl = sample_bias(
-                bias_mu_ptr,
-                bias_rho_ptr,
-                bias_prior_mu_ptr,
-                bias_prior_sigma_ptr,
-                rows,
-                N,
-                seed,
-                sample,
-                bias_row,
-                bias_column,
-                bias_stream,
-                kl_ptr is not None,
-                BIAS_PRIOR_MU_SCALAR,
-                BIAS_PRIOR_SIGMA_SCALAR,
-            )
-            y += bias.to(x_ptr.dtype.element_ty).to(tl.float32)[:, None]
-            kl += bias_kl
-    tl.store(
-        y_ptr + (split.to(tl.int64) * M + batch.to(tl.int64))[None, :] * N + rows[:, None],
-        y.to(y_ptr.dtype.element_ty),
-        mask=(rows[:, None] < N) & (batch[None, :] < M),
-    )
-    if kl_ptr is not None:
+            bias_columns = tl.cast(bias_column, tl.int64) + rows
+            b, bias_kl = sample_bias(bias, Noise(seed, bias_row, bias_columns, sample, bias_stream), rows, N, WITH_KL)
+            y += b.to(x_ptr.dtype.element_ty).to(tl.float32)[:, None]
+            kl_part += bias_kl
+    # 32-bit offsets within the tile: of a large one, 64-bit addresses would not fit the registers.
+    y_ptr += (split.to(tl.int64) * M + first_batch) * N + first_row
+    y_offsets = tl.arange(0, BLOCK_M)[None, :] * N + tl.arange(0, BLOCK_N)[:, None]
+    tl.store(y_ptr + y_offsets, y.to(y_ptr.dtype.element_ty), mask=(rows < N)[:, None] & (batch < M)[None, :])
+    if WITH_KL:
         if tile_m == 0:
-            part = split * tl.num_programs(0) + tile_n
-            sum_in_order(kl_ptr, partial_ptr, counter_ptr, kl, part, tl.num_programs(0) * tl.num_programs(1))
+            sum_in_order(kl, kl_part, split * tl.num_programs(0) + tile_n, tl.num_programs(0) * tl.num_programs(1))
 
 
 def _kl_rows(outputs: int, config: MatmulConfig) -> int:
@@ -282,15 +216,13 @@ def _single_pass(
     splits = triton.cdiv(tiles_k, tiles_per_split)
     y = x.new_empty((M, N))
     partial_y = partial_results(y, splits)
-    kl = x.new_empty(() if with_kl else 0, dtype=torch.float32)
+    kl = new_total(x, splits * tiles_n) if with_kl else None
     _linear_forward_kernel[(tiles_n, splits, triton.cdiv(M, config.block_m))](
         partial_y,
-        kl if with_kl else None,
-        x.new_empty(splits * tiles_n, dtype=torch.float32) if with_kl else None,
-        arrival_counter(x) if with_kl else None,
+        kl,
         x,
-        *pointers(weight),
-        *pointers(bias),
+        gaussian(weight),
+        gaussian(bias),
         *key,
         M,
         N,
@@ -303,8 +235,6 @@ def _single_pass(
         tiles_per_split,
         EVEN_K=K % config.block_k == 0,
         X_QUADS=whole_quads(x.stride()),
-        **scalar_priors(weight),
-        **scalar_priors(bias, "BIAS_"),
         KL_ROWS=_kl_rows(N, config),
         **dot_options(x),
         UNROLL=config.unroll,
@@ -314,7 +244,7 @@ def _single_pass(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return reduce(y, partial_y, splits), kl
+    return reduce(y, partial_y, splits), value_of(kl, x)
 
 
 def bayes_linear(

@@ -1,6 +1,7 @@
 """dX = dY W with the forward's W drawn again inside the product."""
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -16,44 +17,50 @@ from fusedbayes.kernels.launch import (
     whole_quads,
     with_near_rows,
 )
-from fusedbayes.kernels.noise import load_key, normal_tile
+from fusedbayes.kernels.noise import Noise, load_key, normal_tile
+from fusedbayes.kernels.parameter import gaussian, load_elements
 from fusedbayes.kernels.sample import sample_weight
 from fusedbayes.kernels.select import select_config
 from fusedbayes.kernels.sums import partial_results, reduce
 
 
+class _Tiles(NamedTuple):
+    """What the steps of a program share.
+
+    Attributes:
+        grad_y_ptr, mu_ptr, rho_ptr: at the split's first row; grad_y_offsets (BLOCK_N, BLOCK_M), weight_offsets
+            (BLOCK_N, BLOCK_K): of its first tile of rows.
+        noise: of the first tile of rows.
+        rows_left: of the split.
+    """
+
+    grad_y_ptr: Any
+    grad_y_offsets: Any
+    stride_gn: Any
+    mu_ptr: Any
+    rho_ptr: Any
+    weight_offsets: Any
+    noise: Any
+    rows_left: Any
+    K: Any
+
+
 @triton.jit
-def _step(
-    grad_x,  # (BLOCK_K, BLOCK_M)
-    tile_n,
-    tensors,  # pointers to grad_y, mu and rho, at the split's first row
-    grad_y_offsets,
-    weight_offsets,
-    noise,  # seed, first row, quads, sample, stream
-    rows_left,
-    K,
-    stride_gn,
-    MASKED: tl.constexpr,
-    DOT_DTYPE: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """One tile of rows: draw W and multiply."""
-    grad_y_ptr, mu_ptr, rho_ptr = tensors
-    seed, first_row, quads, sample, stream = noise
+def _step(grad_x, tile_n, tiles, MASKED: tl.constexpr, DOT_DTYPE: tl.constexpr, INPUT_PRECISION: tl.constexpr):
+    """One tile of rows: draw W, multiply, add to grad_x (BLOCK_K, BLOCK_M)."""
+    BLOCK_N: tl.constexpr = tiles.weight_offsets.shape[0]
+    noise = tiles.noise
     done = tile_n * BLOCK_N
-    rows = done + tl.arange(0, BLOCK_N)
-    offsets = weight_offsets + done * K
-    grad_y_tile = grad_y_ptr + tl.cast(done, tl.int64) * stride_gn + grad_y_offsets
+    offsets = tiles.weight_offsets + done * tiles.K
+    exist = None
     if MASKED:
-        exist = (rows < rows_left)[:, None]
-        mu = tl.load(mu_ptr + offsets, mask=exist, other=0.0)
-        rho = tl.load(rho_ptr + offsets, mask=exist, other=0.0)
-        grad_y = tl.load(grad_y_tile, mask=exist, other=0.0)
-    else:
-        mu, rho, grad_y = tl.load(mu_ptr + offsets), tl.load(rho_ptr + offsets), tl.load(grad_y_tile)
-    eps = normal_tile(seed, first_row + rows, quads, sample, stream)
-    weight = (mu.to(tl.float32) + sigma_from_rho(rho.to(tl.float32)) * eps).to(grad_y.dtype)
+        exist = (done + tl.arange(0, BLOCK_N) < tiles.rows_left)[:, None]
+    mu = load_elements(tiles.mu_ptr, offsets, exist, 0.0).to(tl.float32)
+    sigma = sigma_from_rho(load_elements(tiles.rho_ptr, offsets, exist, 0.0).to(tl.float32))
+    grad_y_ptr = tiles.grad_y_ptr + tl.cast(done, tl.int64) * tiles.stride_gn
+    grad_y = load_elements(grad_y_ptr, tiles.grad_y_offsets, exist, 0.0)
+    eps = normal_tile(noise.seed, noise.rows + done, noise.columns, noise.sample, noise.stream)
+    weight = (mu + sigma * eps).to(grad_y.dtype)
     return tl.dot(tl.trans(weight.to(DOT_DTYPE)), grad_y.to(DOT_DTYPE), grad_x, input_precision=INPUT_PRECISION)
 
 
@@ -61,8 +68,7 @@ def _step(
 def _linear_backward_input_kernel(
     grad_x_ptr,  # (M, K) row-major, or (splits, M, K) fp32 partial results
     grad_y_ptr,  # (M, N)
-    mu_ptr,  # (N, K) row-major
-    rho_ptr,  # (N, K) row-major
+    weight,  # a `Gaussian` (N, K)
     seed_ptr,  # () int64
     sample_ptr,  # () int64, or None for 0
     M,
@@ -92,61 +98,40 @@ def _linear_backward_input_kernel(
     tile_k, split, tile_m = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     # The last tile moves left until it fits; what it shares with its neighbour both compute and write alike.
     first_column = tl.minimum(tile_k * BLOCK_K, K - BLOCK_K)
-    columns = first_column + tl.arange(0, BLOCK_K)
-    first_batch = tile_m * BLOCK_M
+    first_row, first_batch = split * tiles_per_split * BLOCK_N, tile_m * BLOCK_M
+    rows, columns = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     batch = first_batch + tl.arange(0, BLOCK_M)
-    first_row = split * tiles_per_split * BLOCK_N
-    rows_left = tl.minimum(N - first_row, tiles_per_split * BLOCK_N)
-    start = first_row.to(tl.int64) * K + first_column
     # Batch rows that stick out repeat the last one: multiplied, and not stored.
-    grad_y_offsets = (tl.minimum(batch, M - 1) - first_batch)[None, :] * stride_gm
-    grad_y_offsets += tl.arange(0, BLOCK_N)[:, None] * stride_gn
-    weight_offsets = tl.arange(0, BLOCK_N)[:, None] * K + tl.arange(0, BLOCK_K)[None, :]
+    grad_y_offsets = (tl.minimum(batch, M - 1) - first_batch)[None, :] * stride_gm + rows[:, None] * stride_gn
     grad_y_ptr += first_batch.to(tl.int64) * stride_gm + first_row.to(tl.int64) * stride_gn
-    tensors = (grad_y_ptr, mu_ptr + start, rho_ptr + start)
+    weight_offsets = rows[:, None] * K + columns[None, :]
+    start = first_row.to(tl.int64) * K + first_column
+    rows_left = tl.minimum(N - first_row, tiles_per_split * BLOCK_N)
     seed, sample = load_key(seed_ptr, sample_ptr)
     quads = quad_offset + first_column // 4 + tl.arange(0, BLOCK_K // 4)
-    noise = (seed, row_offset + first_row, quads, sample, stream)
+    noise = Noise(seed, row_offset + first_row + rows, quads, sample, stream)
+    tiles = _Tiles(
+        grad_y_ptr,
+        grad_y_offsets,
+        stride_gn,
+        weight.mu + start,
+        weight.rho + start,
+        weight_offsets,
+        noise,
+        rows_left,
+        K,
+    )
     grad_x = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
     full = rows_left // BLOCK_N
     for tile_n in range(full):
-        grad_x = _step(
-            grad_x,
-            tile_n,
-            tensors,
-            grad_y_offsets,
-            weight_offsets,
-            noise,
-            rows_left,
-            K,
-            stride_gn,
-            False,
-            DOT_DTYPE,
-            INPUT_PRECISION,
-            BLOCK_N,
-        )
+        grad_x = _step(grad_x, tile_n, tiles, False, DOT_DTYPE, INPUT_PRECISION)
     if not EVEN_N:
         if full * BLOCK_N < rows_left:
-            grad_x = _step(
-                grad_x,
-                full,
-                tensors,
-                grad_y_offsets,
-                weight_offsets,
-                noise,
-                rows_left,
-                K,
-                stride_gn,
-                True,
-                DOT_DTYPE,
-                INPUT_PRECISION,
-                BLOCK_N,
-            )
-    tl.store(
-        grad_x_ptr + (split.to(tl.int64) * M + batch.to(tl.int64))[None, :] * K + columns[:, None],
-        grad_x.to(grad_x_ptr.dtype.element_ty),
-        mask=(batch < M)[None, :],
-    )
+            grad_x = _step(grad_x, full, tiles, True, DOT_DTYPE, INPUT_PRECISION)
+    # 32-bit offsets within the tile: of a large one, 64-bit addresses would not fit the registers.
+    grad_x_ptr += (split.to(tl.int64) * M + first_batch) * K + first_column
+    offsets = tl.arange(0, BLOCK_M)[None, :] * K + columns[:, None]
+    tl.store(grad_x_ptr + offsets, grad_x.to(grad_x_ptr.dtype.element_ty), mask=(batch < M)[None, :])
 
 
 def bayes_linear_backward_input(
@@ -175,8 +160,7 @@ def bayes_linear_backward_input(
     _linear_backward_input_kernel[(triton.cdiv(K, config.block_k), splits, triton.cdiv(M, config.block_m))](
         partial,
         grad_y,
-        mu.contiguous(),
-        rho.contiguous(),
+        gaussian((mu, rho)),
         seed,
         sample,
         M,

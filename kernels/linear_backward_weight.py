@@ -1,6 +1,7 @@
 """dmu and drho of weight and bias from dL/dW = dY^T X, without storing it or the noise."""
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -16,19 +17,43 @@ from fusedbayes.kernels.launch import (
     bias_noise,
     capability,
     dot_options,
-    empty_gradients,
-    pointers,
-    scalar_priors,
     whole_quads,
     with_near_rows,
 )
-from fusedbayes.kernels.noise import load_key, normal_tile
+from fusedbayes.kernels.noise import Noise, load_key, normal_tile
+from fusedbayes.kernels.parameter import gaussian, load_elements, new_gradients, open_prior, prior_at
 from fusedbayes.kernels.sample_backward import sample_layer_backward
 from fusedbayes.kernels.select import select_config
 
 # Batch rows beyond which the library sums dY for the bias. Here few programs do it, 16 rows at a time, while the others
 # work; with a long batch they would be the last.
 LONG_BATCH = 512
+
+
+class _Operands(NamedTuple):
+    """The product's: pointers at the tile's first row and column, offsets in the first tile of batch rows."""
+
+    grad_y_ptr: Any
+    grad_y_offsets: Any  # (BLOCK_N, BLOCK_M)
+    stride_gm: Any
+    x_ptr: Any
+    x_offsets: Any  # (BLOCK_M, BLOCK_K)
+    stride_xm: Any
+    M: Any
+
+
+@triton.jit
+def _step(grad_weight, tile_m, operands, MASKED: tl.constexpr, DOT_DTYPE: tl.constexpr, INPUT_PRECISION: tl.constexpr):
+    """One tile of batch rows: multiply, add to dL/dW (BLOCK_N, BLOCK_K)."""
+    BLOCK_M: tl.constexpr = operands.x_offsets.shape[0]
+    first = tl.cast(tile_m * BLOCK_M, tl.int64)
+    exist, x_exist = None, None
+    if MASKED:
+        batch = first + tl.arange(0, BLOCK_M)
+        exist, x_exist = (batch < operands.M)[None, :], (batch < operands.M)[:, None]
+    grad_y = load_elements(operands.grad_y_ptr + first * operands.stride_gm, operands.grad_y_offsets, exist, 0.0)
+    x = load_elements(operands.x_ptr + first * operands.stride_xm, operands.x_offsets, x_exist, 0.0)
+    return tl.dot(grad_y.to(DOT_DTYPE), x.to(DOT_DTYPE), grad_weight, input_precision=INPUT_PRECISION)
 
 
 @triton.jit
@@ -38,61 +63,38 @@ def _halves(tile):
 
 
 @triton.jit
-def _load_prior(ptr, number, offsets, IS_SCALAR: tl.constexpr):
-    if IS_SCALAR:
-        value = number
-    else:
-        value = tl.load(ptr + offsets).to(tl.float32)
-    return value
-
-
-@triton.jit
 def _store_gradients(
-    grad_mu_ptr,
-    grad_rho_ptr,
-    grad_weight,  # the piece of dL/dW, fp32
+    grads,  # `Gradients` (N, K)
+    grad_weight,  # a piece of dL/dW, fp32
     grad_kl,
-    tensors,  # pointers to mu, rho and both priors
-    prior,  # its mean and deviation, where they are numbers
-    noise,  # seed, rows, quads, sample, stream
+    weight,  # a `Gaussian` (N, K)
+    prior,  # of `open_prior`
+    noise,  # of the piece
     offsets,  # of the piece
     WITH_KL: tl.constexpr,
-    PRIOR_MU_SCALAR: tl.constexpr,
-    PRIOR_SIGMA_SCALAR: tl.constexpr,
 ):
     """dmu and drho of one piece of the tile."""
-    mu_ptr, rho_ptr, prior_mu_ptr, prior_sigma_ptr = tensors
-    seed, rows, quads, sample, stream = noise
-    eps = normal_tile(seed, rows, quads, sample, stream)
-    mu = tl.load(mu_ptr + offsets).to(tl.float32)
-    rho = tl.load(rho_ptr + offsets).to(tl.float32)
+    eps = normal_tile(*noise)
+    mu = tl.load(weight.mu + offsets).to(tl.float32)
+    rho = tl.load(weight.rho + offsets).to(tl.float32)
     prior_mu, prior_sigma = prior
     if WITH_KL:
-        prior_mu = _load_prior(prior_mu_ptr, prior_mu, offsets, PRIOR_MU_SCALAR)
-        prior_sigma = _load_prior(prior_sigma_ptr, prior_sigma, offsets, PRIOR_SIGMA_SCALAR)
+        prior_mu, prior_sigma = prior_at(prior, offsets, None)
     grad_mu, grad_rho = gaussian_gradients(grad_weight, grad_kl, mu, rho, eps, prior_mu, prior_sigma, WITH_KL)
-    tl.store(grad_mu_ptr + offsets, grad_mu.to(grad_mu_ptr.dtype.element_ty))
-    tl.store(grad_rho_ptr + offsets, grad_rho.to(grad_rho_ptr.dtype.element_ty))
+    tl.store(grads.mu + offsets, grad_mu.to(grads.mu.dtype.element_ty))
+    tl.store(grads.rho + offsets, grad_rho.to(grads.rho.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _linear_backward_weight_kernel(
-    grad_mu_ptr,  # (N, K) row-major
-    grad_rho_ptr,  # (N, K) row-major
-    grad_bias_mu_ptr,  # (N,), or None
-    grad_bias_rho_ptr,  # (N,), or None
+    grads,  # `Gradients` (N, K) row-major
+    bias_grads,  # `Gradients` (N,), used if there is a bias
     grad_y_ptr,  # (M, N)
     bias_grad_ptr,  # (bias_M, N): dY, or for a long batch its sum
     grad_kl_ptr,  # () fp32, or None
     x_ptr,  # (M, K)
-    mu_ptr,  # (N, K) row-major
-    rho_ptr,  # (N, K) row-major
-    prior_mu_ptr,  # () or (N, K) row-major
-    prior_sigma_ptr,  # () or (N, K) row-major
-    bias_mu_ptr,  # (N,)
-    bias_rho_ptr,  # (N,)
-    bias_prior_mu_ptr,  # () or (N,)
-    bias_prior_sigma_ptr,  # () or (N,)
+    weight,  # a `Gaussian` (N, K)
+    bias,  # a `Gaussian` (N,), perhaps of None
     seed_ptr,  # () int64
     sample_ptr,  # () int64, or None for 0
     M,
@@ -114,10 +116,6 @@ def _linear_backward_weight_kernel(
     EVEN_M: tl.constexpr,  # BLOCK_M divides M
     GRAD_QUADS: tl.constexpr,  # grad_y has whole quads of adjacent columns
     X_QUADS: tl.constexpr,  # x has, too
-    PRIOR_MU_SCALAR: tl.constexpr,
-    PRIOR_SIGMA_SCALAR: tl.constexpr,
-    BIAS_PRIOR_MU_SCALAR: tl.constexpr,
-    BIAS_PRIOR_SIGMA_SCALAR: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -138,73 +136,39 @@ def _linear_backward_weight_kernel(
     tile_n, tile_k = tl.program_id(0) // tiles_k, tl.program_id(0) % tiles_k
     # Tiles that would stick out move back; what they share with their neighbours both compute and write alike.
     first_row, first_column = tl.minimum(tile_n * BLOCK_N, N - BLOCK_N), tl.minimum(tile_k * BLOCK_K, K - BLOCK_K)
-    rows = first_row + tl.arange(0, BLOCK_N)
-    batch = tl.arange(0, BLOCK_M)
+    in_tile, batch = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
     grad_y_ptr += first_row.to(tl.int64) * stride_gn
     x_ptr += first_column.to(tl.int64) * stride_xk
-    grad_y_offsets = batch[None, :] * stride_gm + tl.arange(0, BLOCK_N)[:, None] * stride_gn
+    grad_y_offsets = batch[None, :] * stride_gm + in_tile[:, None] * stride_gn
     x_offsets = batch[:, None] * stride_xm + tl.arange(0, BLOCK_K)[None, :] * stride_xk
+    operands = _Operands(grad_y_ptr, grad_y_offsets, stride_gm, x_ptr, x_offsets, stride_xm, M)
     grad_weight = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for tile_m in range(M // BLOCK_M):
-        first = tl.cast(tile_m * BLOCK_M, tl.int64)
-        grad_y = tl.load(grad_y_ptr + first * stride_gm + grad_y_offsets)
-        x = tl.load(x_ptr + first * stride_xm + x_offsets)
-        grad_weight = tl.dot(grad_y.to(DOT_DTYPE), x.to(DOT_DTYPE), grad_weight, input_precision=INPUT_PRECISION)
+        grad_weight = _step(grad_weight, tile_m, operands, False, DOT_DTYPE, INPUT_PRECISION)
     if not EVEN_M:
-        first = tl.cast(M // BLOCK_M * BLOCK_M, tl.int64)
-        in_batch = first + batch < M
-        grad_y = tl.load(grad_y_ptr + first * stride_gm + grad_y_offsets, mask=in_batch[None, :], other=0.0)
-        x = tl.load(x_ptr + first * stride_xm + x_offsets, mask=in_batch[:, None], other=0.0)
-        grad_weight = tl.dot(grad_y.to(DOT_DTYPE), x.to(DOT_DTYPE), grad_weight, input_precision=INPUT_PRECISION)
+        grad_weight = _step(grad_weight, M // BLOCK_M, operands, True, DOT_DTYPE, INPUT_PRECISION)
 
     seed, sample = load_key(seed_ptr, sample_ptr)
-    grad_kl = 0.0
-    prior = 0.0, 1.0
-    if grad_kl_ptr is not None:
-        grad_kl = tl.load(grad_kl_ptr)
-        prior = tl.load(prior_mu_ptr).to(tl.float32), tl.load(prior_sigma_ptr).to(tl.float32)
+    WITH_KL: tl.constexpr = grad_kl_ptr is not None
+    grad_kl, prior = 0.0, (0.0, 1.0)
+    if WITH_KL:
+        grad_kl, prior = tl.load(grad_kl_ptr), open_prior(weight, 0)
     # In quarters: the whole tile's mu, rho, eps and gradients at once would not fit the registers.
     left_half, right_half = _halves(grad_weight)
     pieces = _halves(left_half) + _halves(right_half)
     PIECE: tl.constexpr = BLOCK_K // 4
     start = first_row.to(tl.int64) * K + first_column
+    rows = first_row + in_tile
     for i in tl.static_range(4):
-        piece_offsets = tl.arange(0, BLOCK_N)[:, None] * K + (i * PIECE + tl.arange(0, PIECE))[None, :]
+        offsets = start + (in_tile[:, None] * K + (i * PIECE + tl.arange(0, PIECE))[None, :])
         quads = quad_offset + (first_column + i * PIECE) // 4 + tl.arange(0, PIECE // 4)
-        _store_gradients(
-            grad_mu_ptr,
-            grad_rho_ptr,
-            pieces[i],
-            grad_kl,
-            (mu_ptr, rho_ptr, prior_mu_ptr, prior_sigma_ptr),
-            prior,
-            (seed, row_offset + rows, quads, sample, stream),
-            start + piece_offsets,
-            grad_kl_ptr is not None,
-            PRIOR_MU_SCALAR,
-            PRIOR_SIGMA_SCALAR,
-        )
-    if grad_bias_mu_ptr is not None:
+        noise = Noise(seed, row_offset + rows, quads, sample, stream)
+        _store_gradients(grads, pieces[i], grad_kl, weight, prior, noise, offsets, WITH_KL)
+    if bias.mu is not None:
         if tile_k == 0:
-            store_bias_gradients(
-                grad_bias_mu_ptr,
-                grad_bias_rho_ptr,
-                sum_over_batch(bias_grad_ptr, bias_M, N, stride_bm, stride_bn, rows),
-                grad_kl_ptr,
-                bias_mu_ptr,
-                bias_rho_ptr,
-                bias_prior_mu_ptr,
-                bias_prior_sigma_ptr,
-                rows,
-                N,
-                seed,
-                sample,
-                bias_row,
-                bias_column,
-                bias_stream,
-                BIAS_PRIOR_MU_SCALAR,
-                BIAS_PRIOR_SIGMA_SCALAR,
-            )
+            grad_bias = sum_over_batch(bias_grad_ptr, bias_M, N, stride_bm, stride_bn, rows)
+            drawn = Noise(seed, bias_row, tl.cast(bias_column, tl.int64) + rows, sample, bias_stream)
+            store_bias_gradients(bias_grads, grad_bias, grad_kl_ptr, bias, drawn, rows, N)
 
 
 def _product(grad_y: Tensor, x: Tensor) -> Tensor:
@@ -247,16 +211,17 @@ def bayes_linear_backward_weight(
         return sample_layer_backward(_product(grad_y, x), bias_grad, grad_kl, weight, bias, key, addresses)
     grad_y = with_near_rows(grad_y, max(config.block_m, config.block_n))
     x = with_near_rows(x, max(config.block_m, config.block_k))
-    grads = empty_gradients(weight, weight_mu), empty_gradients(bias, weight_mu)
+    grads, bias_grads = new_gradients(weight, weight_mu), new_gradients(bias, weight_mu)
+    parameter = gaussian(weight)
     _linear_backward_weight_kernel[(triton.cdiv(N, config.block_n) * triton.cdiv(K, config.block_k),)](
-        *grads[0],
-        *(grads[1] if bias_mu is not None else (None, None)),
+        grads,
+        bias_grads,
         grad_y,
         bias_grad,
         grad_kl,
         x,
-        *pointers(weight),
-        *pointers(bias),
+        parameter,
+        gaussian(bias),
         seed,
         sample,
         M,
@@ -273,8 +238,6 @@ def bayes_linear_backward_weight(
         EVEN_M=M % config.block_m == 0,
         GRAD_QUADS=whole_quads(grad_y.stride()),
         X_QUADS=whole_quads(x.stride()),
-        **scalar_priors(weight),
-        **scalar_priors(bias, "BIAS_"),
         **dot_options(x),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
@@ -282,6 +245,6 @@ def bayes_linear_backward_weight(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         # Priors that are loaded need registers too.
-        maxnreg=config.max_registers if all(scalar_priors(weight).values()) else None,
+        maxnreg=config.max_registers if parameter.PRIOR_MU_SCALAR and parameter.PRIOR_SIGMA_SCALAR else None,
     )
-    return *grads[0], *grads[1]
+    return *grads, *bias_grads

@@ -22,10 +22,17 @@ def fast() -> bool:
 
 
 @triton.jit
+def _ptx(INSTRUCTION: tl.constexpr, x):
+    """The instruction's result for each fp32 of x."""
+    asm: tl.constexpr = INSTRUCTION + " $0, $1;"
+    return tl.inline_asm_elementwise(asm, "=f,f", [x], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def exp2(x):
     """2^x; results below 2^-126 are 0."""
     if fast():
-        y = tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+        y = _ptx("ex2.approx.ftz.f32", x)
     else:
         y = tl.exp2(x)
         y = tl.where(y < SMALLEST_NORMAL, 0.0, y)
@@ -35,7 +42,7 @@ def exp2(x):
 @triton.jit
 def log2(x):
     if fast():
-        y = tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+        y = _ptx("lg2.approx.ftz.f32", x)
     else:
         y = tl.log2(x)
     return y
@@ -44,7 +51,7 @@ def log2(x):
 @triton.jit
 def sqrt(x):
     if fast():
-        y = tl.inline_asm_elementwise("sqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+        y = _ptx("sqrt.approx.ftz.f32", x)
     else:
         y = tl.sqrt(x)
     return y
@@ -53,7 +60,7 @@ def sqrt(x):
 @triton.jit
 def reciprocal(x):
     if fast():
-        y = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+        y = _ptx("rcp.approx.ftz.f32", x)
     else:
         y = 1.0 / x
     return y
@@ -62,7 +69,7 @@ def reciprocal(x):
 @triton.jit
 def sin(x):
     if fast():
-        y = tl.inline_asm_elementwise("sin.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+        y = _ptx("sin.approx.ftz.f32", x)
     else:
         y = tl.sin(x)
     return y
@@ -71,7 +78,7 @@ def sin(x):
 @triton.jit
 def cos(x):
     if fast():
-        y = tl.inline_asm_elementwise("cos.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+        y = _ptx("cos.approx.ftz.f32", x)
     else:
         y = tl.cos(x)
     return y
@@ -81,7 +88,7 @@ def cos(x):
 def absolute(x):
     """|x|; tl.abs compiles to an instruction of its own, this into a modifier of the one that reads it."""
     if fast():
-        y = tl.inline_asm_elementwise("abs.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+        y = _ptx("abs.f32", x)
     else:
         y = tl.abs(x)
     return y

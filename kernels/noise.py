@@ -4,12 +4,24 @@ Four adjacent columns share one Philox call. Its four normals end in the thread 
 shuffle.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 from fusedbayes.kernels.math import LN_2, cos, log2, multiply_wide, scaled_difference, sin, sqrt
 
 ROUNDS = tl.constexpr(7)
+
+
+class Noise(NamedTuple):
+    """What the normals of a tile or a vector are drawn from: the arguments of `normal_tile` or of `normal_vector`."""
+
+    seed: Any
+    rows: Any
+    columns: Any  # of a tile: its quads
+    sample: Any
+    stream: Any
 
 
 @triton.jit

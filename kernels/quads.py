@@ -1,6 +1,6 @@
-"""Tiles of adjacent columns in quads: what the elementwise passes load, store and draw.
+"""Quads, four adjacent columns: what one thread loads, draws by one Philox call, and adds up.
 
-A tile of one row is seen as (Q, 4): a line is one Philox call, and one thread's load of four weights.
+The elementwise passes see a tile of one row as (Q, 4), and what there is once for each quad as (Q, 1).
 """
 
 import triton
@@ -29,8 +29,8 @@ def quad_columns(
 
 @triton.jit
 def _split(tile):
-    """(Q, 4) to its four columns."""
-    even, odd = tl.split(tl.reshape(tile, (tile.shape[0], 2, 2)))
+    """(R, 4 Q) to four (R, Q), the columns 4q, 4q+1, 4q+2 and 4q+3; nothing moves, the four are in one thread."""
+    even, odd = tl.split(tl.reshape(tile, (tile.shape[0], tile.shape[1] // 4, 2, 2)))
     first, third = tl.split(even)
     second, fourth = tl.split(odd)
     return first, second, third, fourth
@@ -38,7 +38,7 @@ def _split(tile):
 
 @triton.jit
 def _join(first, second, third, fourth):
-    """The inverse of `_split`; nothing moves, the four are in one thread."""
+    """The inverse of `_split` for a (Q, 4)."""
     return tl.reshape(tl.join(tl.join(first, third), tl.join(second, fourth)), (first.shape[0], 4))
 
 
@@ -80,21 +80,21 @@ def store_quads(row, columns, tile, exist, WHOLE_QUADS: tl.constexpr):
 
 @triton.jit
 def normal_quads(seed, quads, row, sample, stream):
-    """eps of the columns 4q .. 4q+3 of quads (Q,) in one row: (Q, 4) fp32."""
+    """eps of the columns 4q .. 4q+3 of quads (Q, 1) in one row: (Q, 4) fp32."""
     z0, z1, z2, z3 = normals(seed, quads, row, sample, stream)
     return _join(z0, z1, z2, z3)
 
 
 @triton.jit
-def sum_quad(tile, start):
-    """(Q, 4) to (Q,): `start` and the four columns, all in one thread."""
+def sum_quads(tile):
+    """(R, 4 Q) to (R, Q): sums of four adjacent columns."""
     a, b, c, d = _split(tile)
-    return ((a + b) + (c + d)) + start
+    return (a + b) + (c + d)
 
 
 @triton.jit
-def sum_squares_of_quad(first, second, start):
-    """(Q, 4) twice to (Q,): `start` and the squares of the four columns of both, one multiply-add each."""
+def sum_squares_of_quads(first, second, start):
+    """(R, 4 Q) twice to (R, Q): `start` and the squares of four adjacent columns of both, one multiply-add each."""
     a, b, c, d = _split(first)
     e, f, g, h = _split(second)
     return start + a * a + b * b + c * c + d * d + e * e + f * f + g * g + h * h

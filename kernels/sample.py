@@ -20,20 +20,19 @@ from fusedbayes.kernels.launch import (
     NOT_SPECIALIZED,
     Parameter,
     bias_noise,
-    pointers,
-    scalar_priors,
 )
-from fusedbayes.kernels.noise import load_key
+from fusedbayes.kernels.noise import Noise, load_key
+from fusedbayes.kernels.parameter import gaussian, open_prior
 from fusedbayes.kernels.quads import (
     load_quads,
     normal_quads,
     quad_columns,
     store_quads,
-    sum_quad,
-    sum_squares_of_quad,
+    sum_quads,
+    sum_squares_of_quads,
 )
 from fusedbayes.kernels.select import select_tile_config
-from fusedbayes.kernels.sums import arrival_counter, sum_in_order
+from fusedbayes.kernels.sums import new_total, sum_in_order, value_of
 
 BIAS_BLOCK = 64  # outputs of a program that draws or differentiates the bias
 NO_BIAS = (None,) * 4
@@ -41,7 +40,7 @@ NO_BIAS = (None,) * 4
 
 @triton.jit
 def row_tile(tile, N, K, quad_offset, COLUMN_SHIFT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """A tile's first and last row, its first column, and its global quads (BLOCK_K // 4,).
+    """A tile's first row, its last and its first column, and its global quads (BLOCK_K // 4, 1).
 
     Tiles begin at whole quads of the global tensor; a shard that begins COLUMN_SHIFT columns into one has its first
     tile begin at column -COLUMN_SHIFT.
@@ -49,25 +48,17 @@ def row_tile(tile, N, K, quad_offset, COLUMN_SHIFT: tl.constexpr, BLOCK_N: tl.co
     tiles_k = tl.cdiv(K + COLUMN_SHIFT, BLOCK_K)
     begin = tile // tiles_k * BLOCK_N
     tile_k = tile % tiles_k
-    quads = quad_offset + tile_k * (BLOCK_K // 4) + tl.arange(0, BLOCK_K // 4)
+    quads = quad_offset + tile_k * (BLOCK_K // 4) + tl.arange(0, BLOCK_K // 4)[:, None]
     return begin, tl.minimum(begin + BLOCK_N, N), tile_k * BLOCK_K - COLUMN_SHIFT, quads
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _sample_weight_kernel(
-    weight_ptr,  # (N, K), or None: only the KL is wanted
-    bias_ptr,  # (N,), or None
-    kl_ptr,  # () fp32, or None
-    partial_ptr,  # (programs,) fp32, or None
-    counter_ptr,  # () int32, zero, or None
-    mu_ptr,  # (N, K) row-major
-    rho_ptr,  # (N, K) row-major
-    prior_mu_ptr,  # () or (N, K) row-major
-    prior_sigma_ptr,  # () or (N, K) row-major
-    bias_mu_ptr,  # (N,), or None
-    bias_rho_ptr,  # (N,), or None
-    bias_prior_mu_ptr,  # () or (N,), or None
-    bias_prior_sigma_ptr,  # () or (N,), or None
+    sampled_ptr,  # (N, K), or None: only the KL is wanted
+    sampled_bias_ptr,  # (N,), or None
+    kl,  # a `Total` with a part for each program, or None
+    weight,  # a `Gaussian` (N, K)
+    bias,  # a `Gaussian` (N,), perhaps of None
     seed_ptr,  # () int64
     sample_ptr,  # () int64, or None for 0
     N,
@@ -81,10 +72,6 @@ def _sample_weight_kernel(
     COLUMN_SHIFT: tl.constexpr,
     WHOLE_QUADS: tl.constexpr,  # 4 divides K, and COLUMN_SHIFT is 0
     EVEN: tl.constexpr,  # BLOCK_K divides K, and COLUMN_SHIFT is 0
-    PRIOR_MU_SCALAR: tl.constexpr,
-    PRIOR_SIGMA_SCALAR: tl.constexpr,
-    BIAS_PRIOR_MU_SCALAR: tl.constexpr,
-    BIAS_PRIOR_SIGMA_SCALAR: tl.constexpr,
     BIAS_BLOCK: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -96,73 +83,59 @@ def _sample_weight_kernel(
     if WHOLE_QUADS:
         K = K // 4 * 4  # for the compiler to see
     tile, tiles = tl.program_id(0), tl.cdiv(N, BLOCK_N) * tl.cdiv(K + COLUMN_SHIFT, BLOCK_K)
-    kl = 0.0
-    if weight_ptr is not None:
+    WITH_KL: tl.constexpr = kl is not None
+    kl_part = 0.0
+    if sampled_ptr is not None:
         seed, sample = load_key(seed_ptr, sample_ptr)
     if tile < tiles:
         begin, end, column, quads = row_tile(tile, N, K, quad_offset, COLUMN_SHIFT, BLOCK_N, BLOCK_K)
         columns, exist = quad_columns(column, K, COLUMN_SHIFT, WHOLE_QUADS, EVEN, BLOCK_K)
         start = begin.to(tl.int64) * K + column
-        mu_row, rho_row = mu_ptr + start, rho_ptr + start
-        if weight_ptr is not None:
-            weight_row = weight_ptr + start
-        if kl_ptr is not None:
-            prior_mu_row, prior_sigma_row = prior_mu_ptr + start, prior_sigma_ptr + start
-            prior_mu, prior_sigma = tl.load(prior_mu_ptr).to(tl.float32), tl.load(prior_sigma_ptr).to(tl.float32)
-            centres = kl_centres(prior_sigma, PRIOR_SIGMA_SCALAR)
-            logarithms = tl.zeros((BLOCK_K // 4,), tl.float32)
+        mu_row, rho_row = weight.mu + start, weight.rho + start
+        if sampled_ptr is not None:
+            sampled_row = sampled_ptr + start
+        if WITH_KL:
+            prior_mu, prior_sigma = open_prior(weight, start)
+            centres = kl_centres(prior_sigma)
+            logarithms = tl.zeros((BLOCK_K // 4, 1), tl.float32)
             squares = logarithms
         for row in range(begin, end):
             mu = load_quads(mu_row, columns, exist, 0.0, WHOLE_QUADS)
             sigma = sigma_from_rho(load_quads(rho_row, columns, exist, 0.0, WHOLE_QUADS))
-            if weight_ptr is not None:
+            if sampled_ptr is not None:
                 eps = normal_quads(seed, quads, row_offset + row, sample, stream)
-                store_quads(weight_row, columns, mu + sigma * eps, exist, WHOLE_QUADS)
-                weight_row += K
-            if kl_ptr is not None:
+                store_quads(sampled_row, columns, mu + sigma * eps, exist, WHOLE_QUADS)
+                sampled_row += K
+            if WITH_KL:
                 m0, s0 = prior_mu, prior_sigma
-                if not PRIOR_MU_SCALAR:
-                    m0 = load_quads(prior_mu_row, columns, exist, 0.0, WHOLE_QUADS)
-                    prior_mu_row += K
-                if not PRIOR_SIGMA_SCALAR:
-                    s0 = load_quads(prior_sigma_row, columns, exist, 1.0, WHOLE_QUADS)
-                    prior_sigma_row += K
-                logarithm, scale, shift = kl_terms(mu, sigma, m0, s0, PRIOR_SIGMA_SCALAR)
+                if not weight.PRIOR_MU_SCALAR:
+                    m0 = load_quads(prior_mu, columns, exist, 0.0, WHOLE_QUADS)
+                    prior_mu += K
+                if not weight.PRIOR_SIGMA_SCALAR:
+                    s0 = load_quads(prior_sigma, columns, exist, 1.0, WHOLE_QUADS)
+                    prior_sigma += K
+                logarithm, scale, shift = kl_terms(mu, sigma, m0, s0)
                 if WHOLE_QUADS:
-                    logarithms += sum_quad(logarithm, -4.0 * centres[0])
-                    squares += sum_squares_of_quad(scale, shift, -4.0 * centres[1])
+                    logarithms += sum_quads(logarithm) - 4.0 * centres[0]
+                    squares += sum_squares_of_quads(scale, shift, -4.0 * centres[1])
                 else:
-                    logarithms += sum_quad(tl.where(exist, logarithm - centres[0], 0.0), 0.0)
+                    logarithms += sum_quads(tl.where(exist, logarithm - centres[0], 0.0))
                     square = scale * scale + shift * shift - centres[1]
-                    squares += sum_quad(tl.where(exist, square, 0.0), 0.0)
+                    squares += sum_quads(tl.where(exist, square, 0.0))
             mu_row += K
             rho_row += K
-        if kl_ptr is not None:
+        if WITH_KL:
             if WHOLE_QUADS and not EVEN:
-                quad_exists = column + 4 * tl.arange(0, BLOCK_K // 4) < K
+                quad_exists = column + 4 * tl.arange(0, BLOCK_K // 4)[:, None] < K
                 logarithms, squares = tl.where(quad_exists, logarithms, 0.0), tl.where(quad_exists, squares, 0.0)
-            kl = kl_from_sums(tl.sum(logarithms), tl.sum(squares), centres)
-    elif bias_ptr is not None:
+            kl_part = kl_from_sums(tl.sum(logarithms), tl.sum(squares), centres)
+    elif sampled_bias_ptr is not None:
         outputs = (tile - tiles) * BIAS_BLOCK + tl.arange(0, BIAS_BLOCK)
-        bias, kl = sample_bias(
-            bias_mu_ptr,
-            bias_rho_ptr,
-            bias_prior_mu_ptr,
-            bias_prior_sigma_ptr,
-            outputs,
-            N,
-            seed,
-            sample,
-            bias_row,
-            bias_column,
-            bias_stream,
-            kl_ptr is not None,
-            BIAS_PRIOR_MU_SCALAR,
-            BIAS_PRIOR_SIGMA_SCALAR,
-        )
-        tl.store(bias_ptr + outputs, bias.to(bias_ptr.dtype.element_ty), mask=outputs < N)
-    if kl_ptr is not None:
-        sum_in_order(kl_ptr, partial_ptr, counter_ptr, kl, tile, tl.num_programs(0))
+        noise = Noise(seed, bias_row, tl.cast(bias_column, tl.int64) + outputs, sample, bias_stream)
+        b, kl_part = sample_bias(bias, noise, outputs, N, WITH_KL)
+        tl.store(sampled_bias_ptr + outputs, b.to(sampled_bias_ptr.dtype.element_ty), mask=outputs < N)
+    if WITH_KL:
+        sum_in_order(kl, kl_part, tile, tl.num_programs(0))
 
 
 def _column_shift(shape: torch.Size, address: Sequence[int]) -> int:
@@ -215,28 +188,23 @@ def sample_layer(
     sampled_bias = None if dtype is None or bias_mu is None else mu.new_empty(bias_mu.shape, dtype=dtype)
     if programs == 0:
         return sampled, sampled_bias, mu.new_zeros(() if with_kl else 0, dtype=torch.float32)
-    kl = mu.new_empty(() if with_kl else 0, dtype=torch.float32)
-    partial = mu.new_empty(programs, dtype=torch.float32) if with_kl else None
+    kl = new_total(mu, programs) if with_kl else None
     stream, row_offset, column_offset = addresses[0]
     _sample_weight_kernel[(programs,)](
         sampled,
         sampled_bias,
-        kl if with_kl else None,
-        partial,
-        arrival_counter(mu) if with_kl else None,
-        *pointers(weight),
-        *pointers(bias),
+        kl,
+        gaussian(weight),
+        gaussian(bias),
         *key,
         *mu.shape,
         row_offset,
         column_offset // 4,
         stream,
         *bias_noise(addresses[1]),
-        **scalar_priors(weight),
-        **scalar_priors(bias, "BIAS_"),
         **constants(mu.shape, addresses[0], config),
     )
-    return sampled, sampled_bias, kl
+    return sampled, sampled_bias, value_of(kl, mu)
 
 
 def sample_weight(

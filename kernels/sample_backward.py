@@ -13,12 +13,9 @@ from fusedbayes.kernels.launch import (
     NOT_SPECIALIZED,
     Parameter,
     bias_noise,
-    contiguous,
-    empty_gradients,
-    pointers,
-    scalar_priors,
 )
-from fusedbayes.kernels.noise import load_key
+from fusedbayes.kernels.noise import Noise, load_key
+from fusedbayes.kernels.parameter import gaussian, new_gradients, open_prior
 from fusedbayes.kernels.quads import load_quads, normal_quads, quad_columns, store_quads
 from fusedbayes.kernels.sample import NO_BIAS, constants, programs_of, row_tile
 from fusedbayes.kernels.select import select_tile_config
@@ -26,21 +23,13 @@ from fusedbayes.kernels.select import select_tile_config
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _sample_weight_backward_kernel(
-    grad_mu_ptr,  # (N, K) row-major
-    grad_rho_ptr,  # (N, K) row-major
-    grad_bias_mu_ptr,  # (N,), or None
-    grad_bias_rho_ptr,  # (N,), or None
+    grads,  # `Gradients` (N, K) row-major
+    bias_grads,  # `Gradients` (N,), used if there is a bias
     grad_weight_ptr,  # (N, K) row-major, or None: only the KL was used
     grad_y_ptr,  # (M, N), the bias's share of the gradient, or None
     grad_kl_ptr,  # () fp32, or None: only the sample was used
-    mu_ptr,  # (N, K) row-major
-    rho_ptr,  # (N, K) row-major
-    prior_mu_ptr,  # () or (N, K) row-major
-    prior_sigma_ptr,  # () or (N, K) row-major
-    bias_mu_ptr,  # (N,)
-    bias_rho_ptr,  # (N,)
-    bias_prior_mu_ptr,  # () or (N,)
-    bias_prior_sigma_ptr,  # () or (N,)
+    weight,  # a `Gaussian` (N, K)
+    bias,  # a `Gaussian` (N,), perhaps of None
     seed_ptr,  # () int64
     sample_ptr,  # () int64, or None for 0
     M,
@@ -57,10 +46,6 @@ def _sample_weight_backward_kernel(
     COLUMN_SHIFT: tl.constexpr,
     WHOLE_QUADS: tl.constexpr,  # 4 divides K, and COLUMN_SHIFT is 0
     EVEN: tl.constexpr,  # BLOCK_K divides K, and COLUMN_SHIFT is 0
-    PRIOR_MU_SCALAR: tl.constexpr,
-    PRIOR_SIGMA_SCALAR: tl.constexpr,
-    BIAS_PRIOR_MU_SCALAR: tl.constexpr,
-    BIAS_PRIOR_SIGMA_SCALAR: tl.constexpr,
     BIAS_BLOCK: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -78,15 +63,14 @@ def _sample_weight_backward_kernel(
         begin, end, column, quads = row_tile(tile, N, K, quad_offset, COLUMN_SHIFT, BLOCK_N, BLOCK_K)
         columns, exist = quad_columns(column, K, COLUMN_SHIFT, WHOLE_QUADS, EVEN, BLOCK_K)
         start = begin.to(tl.int64) * K + column
-        mu_row, rho_row = mu_ptr + start, rho_ptr + start
-        grad_mu_row, grad_rho_row = grad_mu_ptr + start, grad_rho_ptr + start
+        mu_row, rho_row = weight.mu + start, weight.rho + start
+        grad_mu_row, grad_rho_row = grads.mu + start, grads.rho + start
         if grad_weight_ptr is not None:
             grad_weight_row = grad_weight_ptr + start
         grad_kl, prior_mu, prior_sigma = 0.0, 0.0, 1.0
         if grad_kl_ptr is not None:
             grad_kl = tl.load(grad_kl_ptr)
-            prior_mu_row, prior_sigma_row = prior_mu_ptr + start, prior_sigma_ptr + start
-            prior_mu, prior_sigma = tl.load(prior_mu_ptr).to(tl.float32), tl.load(prior_sigma_ptr).to(tl.float32)
+            prior_mu, prior_sigma = open_prior(weight, start)
         for row in range(begin, end):
             mu = load_quads(mu_row, columns, exist, 0.0, WHOLE_QUADS)
             rho = load_quads(rho_row, columns, exist, 0.0, WHOLE_QUADS)
@@ -98,12 +82,12 @@ def _sample_weight_backward_kernel(
                 eps = normal_quads(seed, quads, row_offset + row, sample, stream)
             m0, s0 = prior_mu, prior_sigma
             if grad_kl_ptr is not None:
-                if not PRIOR_MU_SCALAR:
-                    m0 = load_quads(prior_mu_row, columns, exist, 0.0, WHOLE_QUADS)
-                    prior_mu_row += K
-                if not PRIOR_SIGMA_SCALAR:
-                    s0 = load_quads(prior_sigma_row, columns, exist, 1.0, WHOLE_QUADS)
-                    prior_sigma_row += K
+                if not weight.PRIOR_MU_SCALAR:
+                    m0 = load_quads(prior_mu, columns, exist, 0.0, WHOLE_QUADS)
+                    prior_mu += K
+                if not weight.PRIOR_SIGMA_SCALAR:
+                    s0 = load_quads(prior_sigma, columns, exist, 1.0, WHOLE_QUADS)
+                    prior_sigma += K
             grad_mu, grad_rho = gaussian_gradients(grad_weight, grad_kl, mu, rho, eps, m0, s0, grad_kl_ptr is not None)
             store_quads(grad_mu_row, columns, grad_mu, exist, WHOLE_QUADS)
             store_quads(grad_rho_row, columns, grad_rho, exist, WHOLE_QUADS)
@@ -111,27 +95,11 @@ def _sample_weight_backward_kernel(
             rho_row += K
             grad_mu_row += K
             grad_rho_row += K
-    elif grad_bias_mu_ptr is not None:
+    elif bias.mu is not None:
         outputs = (tile - tiles) * BIAS_BLOCK + tl.arange(0, BIAS_BLOCK)
-        store_bias_gradients(
-            grad_bias_mu_ptr,
-            grad_bias_rho_ptr,
-            sum_over_batch(grad_y_ptr, M, N, stride_gm, stride_gn, outputs),
-            grad_kl_ptr,
-            bias_mu_ptr,
-            bias_rho_ptr,
-            bias_prior_mu_ptr,
-            bias_prior_sigma_ptr,
-            outputs,
-            N,
-            seed,
-            sample,
-            bias_row,
-            bias_column,
-            bias_stream,
-            BIAS_PRIOR_MU_SCALAR,
-            BIAS_PRIOR_SIGMA_SCALAR,
-        )
+        grad_bias = sum_over_batch(grad_y_ptr, M, N, stride_gm, stride_gn, outputs)
+        noise = Noise(seed, bias_row, tl.cast(bias_column, tl.int64) + outputs, sample, bias_stream)
+        store_bias_gradients(bias_grads, grad_bias, grad_kl_ptr, bias, noise, outputs, N)
 
 
 def sample_layer_backward(
@@ -147,18 +115,18 @@ def sample_layer_backward(
     """dmu and drho of the weight and of the bias, whose gradient is the sum of grad_y (M, N), in one launch."""
     mu, with_bias = weight[0], bias[0] is not None
     config = config or select_tile_config(mu.shape)
-    grads = empty_gradients(weight, mu), empty_gradients(bias, mu)
+    grads, bias_grads = new_gradients(weight, mu), new_gradients(bias, mu)
     programs = programs_of(mu.shape, addresses[0], config, with_bias)
     stream, row_offset, column_offset = addresses[0]
     if programs > 0:
         _sample_weight_backward_kernel[(programs,)](
-            *grads[0],
-            *(grads[1] if with_bias else (None, None)),
-            contiguous(grad_weight),
+            grads,
+            bias_grads,
+            None if grad_weight is None else grad_weight.contiguous(),
             grad_y,
             grad_kl,
-            *pointers(weight),
-            *pointers(bias),
+            gaussian(weight),
+            gaussian(bias),
             *key,
             0 if grad_y is None else grad_y.shape[0],
             *mu.shape,
@@ -167,11 +135,9 @@ def sample_layer_backward(
             column_offset // 4,
             stream,
             *bias_noise(addresses[1]),
-            **scalar_priors(weight),
-            **scalar_priors(bias, "BIAS_"),
             **constants(mu.shape, addresses[0], config),
         )
-    return *grads[0], *grads[1]
+    return *grads, *bias_grads
 
 
 def sample_weight_backward(

@@ -3,6 +3,8 @@
 Always in the same order, so that a run repeats bit for bit.
 """
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -14,34 +16,18 @@ PARTS = tl.constexpr(1024)  # of a sum over programs, added at once
 _counters: dict[torch.device, Tensor] = {}  # see `arrival_counter`
 
 
-@triton.jit
-def _quarters(tile):
-    """(R, 4 Q) to four (R, Q), the columns 4q, 4q+1, 4q+2 and 4q+3: they lie in one thread, so nothing moves."""
-    even, odd = tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], tile.shape[1] // 4, 2, 2)), (0, 1, 3, 2)))
-    first, third = tl.split(even)
-    second, fourth = tl.split(odd)
-    return first, third, second, fourth
+class Total(NamedTuple):
+    """One number that the programs of a launch add up: where it goes, where their parts go, how many are there."""
+
+    out: Any  # () fp32
+    parts: Any  # (parts,) fp32
+    counter: Any  # () int32, zero
 
 
 @triton.jit
 def sum_rows(tile, ROWS: tl.constexpr):
     """(R, Q) to (ROWS, Q): sums of rows ROWS apart. Where these lie in one thread nothing moves."""
     return tl.sum(tl.reshape(tile, (tile.shape[0] // ROWS, ROWS, tile.shape[1])), axis=0)
-
-
-@triton.jit
-def sum_quads(tile):
-    """(R, 4 Q) to (R, Q): sums of four adjacent columns."""
-    a, b, c, d = _quarters(tile)
-    return (a + b) + (c + d)
-
-
-@triton.jit
-def sum_squares_of_quads(first, second, start):
-    """(R, 4 Q) twice to (R, Q): `start` and the squares of four adjacent columns of both, one multiply-add each."""
-    a, b, c, d = _quarters(first)
-    e, f, g, h = _quarters(second)
-    return start + a * a + b * b + c * c + d * d + e * e + f * f + g * g + h * h
 
 
 def arrival_counter(like: Tensor) -> Tensor:
@@ -57,26 +43,30 @@ def arrival_counter(like: Tensor) -> Tensor:
     return _counters[like.device]
 
 
+def new_total(like: Tensor, parts: int) -> Total:
+    """For a launch on the device of `like`."""
+    out, partial = like.new_empty((), dtype=torch.float32), like.new_empty(parts, dtype=torch.float32)
+    return Total(out, partial, arrival_counter(like))
+
+
+def value_of(total: Total | None, like: Tensor) -> Tensor:
+    """The sum; without an element if there is none."""
+    return like.new_empty(0, dtype=torch.float32) if total is None else total.out
+
+
 @triton.jit
-def sum_in_order(
-    total_ptr,  # () fp32
-    partial_ptr,  # (parts,) fp32
-    counter_ptr,  # () int32, zero
-    partial,
-    part,
-    parts,
-):
-    """total = the sum of every program's partial sum, in the order of their parts, whichever program comes last."""
-    tl.store(partial_ptr + part, partial)
-    arrived = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
+def sum_in_order(total, value, part, parts):
+    """The total of the programs' values, added in the order of their parts, whichever program comes last."""
+    tl.store(total.parts + part, value)
+    arrived = tl.atomic_add(total.counter, 1, sem="acq_rel", scope="gpu")
     if arrived == parts - 1:
         sums = tl.zeros((PARTS,), tl.float32)
         for begin in range(0, parts, PARTS):
             each = begin + tl.arange(0, PARTS)
             # From the L2 cache, where the other programs' stores are.
-            sums += tl.load(partial_ptr + each, mask=each < parts, other=0.0, cache_modifier=".cg")
-        tl.store(total_ptr, tl.sum(sums))
-        tl.store(counter_ptr, 0)
+            sums += tl.load(total.parts + each, mask=each < parts, other=0.0, cache_modifier=".cg")
+        tl.store(total.out, tl.sum(sums))
+        tl.store(total.counter, 0)
 
 
 @triton.jit
