@@ -56,11 +56,11 @@ def _step(grad_x, tile_n, tiles, MASKED: tl.constexpr, DOT_DTYPE: tl.constexpr, 
     if MASKED:
         exist = (done + tl.arange(0, BLOCK_N) < tiles.rows_left)[:, None]
     mu = load_elements(tiles.mu_ptr, offsets, exist, 0.0).to(tl.float32)
-    sigma = sigma_from_rho(load_elements(tiles.rho_ptr, offsets, exist, 0.0).to(tl.float32))
+    rho = load_elements(tiles.rho_ptr, offsets, exist, 0.0).to(tl.float32)
     grad_y_ptr = tiles.grad_y_ptr + tl.cast(done, tl.int64) * tiles.stride_gn
     grad_y = load_elements(grad_y_ptr, tiles.grad_y_offsets, exist, 0.0)
     eps = normal_tile(noise.seed, noise.rows + done, noise.columns, noise.sample, noise.stream)
-    weight = (mu + sigma * eps).to(grad_y.dtype)
+    weight = (mu + sigma_from_rho(rho) * eps).to(grad_y.dtype)
     return tl.dot(tl.trans(weight.to(DOT_DTYPE)), grad_y.to(DOT_DTYPE), grad_x, input_precision=INPUT_PRECISION)
 
 
