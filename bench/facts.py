@@ -93,8 +93,10 @@ def variant(launch: KernelLaunch) -> Variant:
         "KL": with_kl,
         "one batch row": arguments.get("M") == 1,
         "KL only": with_kl and not launch.draws,
-        "outputs that tiles do not divide": "KL_ROWS" in constants and constants["KL_ROWS"] == constants["BLOCK_N"],
-        "sizes that tiles do not divide": not all(v for k, v in constants.items() if k.startswith("EVEN")),
+        "outputs that tiles do not divide": not constants.get("EVEN_N", True),
+        "sizes that tiles do not divide": not all(
+            v for k, v in constants.items() if k.startswith("EVEN") and k != "EVEN_N"
+        ),
         "single rows": constants.get("BLOCK_N") == 1,
         "no whole quads": not all(v for k, v in constants.items() if k.endswith("QUADS")),
         "prior per weight": with_kl and not (weight.PRIOR_MU_SCALAR and weight.PRIOR_SIGMA_SCALAR),

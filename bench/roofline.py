@@ -29,8 +29,9 @@ from torch import Tensor
 
 from bench.facts import EPILOGUE, Facts, Variant, variant
 from bench.launches import KernelLaunch, Operation
+from fusedbayes.kernels.select import MULTIPROCESSORS
 
-MULTIPROCESSORS = 132
+H200_MULTIPROCESSORS = MULTIPROCESSORS[90]
 CLOCK = 1.75e9  # Hz, under load
 LANES, SPECIAL_UNITS = 128, 16  # results per multiprocessor and cycle
 REGISTERS, WARPS, PROGRAMS, SHARED_MEMORY = 65536, 64, 32, 228 * 1024  # of a multiprocessor
@@ -74,7 +75,7 @@ def predict(launch: KernelLaunch | Operation, known: dict[Variant, Facts]) -> Pr
     if facts.instructions is None or facts.special is None:
         return _slowest(launch.name, {"memory": launch.bytes / BANDWIDTH})
     phases = _phases(launch, facts)
-    at_once = resident(facts) * MULTIPROCESSORS
+    at_once = resident(facts) * H200_MULTIPROCESSORS
     waves = [at_once] * (launch.programs // at_once) + [launch.programs % at_once]
     totals: dict[str, float] = {}
     for programs in filter(None, waves):
@@ -128,7 +129,7 @@ def _phases(launch: KernelLaunch, facts: Facts) -> list[_Work]:
         ceil(N / constants["BLOCK_N"]) * constants["BLOCK_N"] * ceil(K / constants["BLOCK_K"]) * constants["BLOCK_K"]
     )
     flop = 2 * steps_m * constants["BLOCK_M"] * weights
-    matmul = flop / launch.programs / (FLOP_RATE / MULTIPROCESSORS)
+    matmul = flop / launch.programs / (FLOP_RATE / H200_MULTIPROCESSORS)
     if launch.name != EPILOGUE:
         moved += (steps_m - 1) * (_bytes(arguments["weight"].mu) + _bytes(arguments["weight"].rho))
         return [_drawing(facts, steps_m * weights / launch.programs, matmul, moved / launch.programs)]
@@ -158,7 +159,7 @@ def _drawing(facts: Facts, weights: float, matmul: float, moved: float) -> _Work
 
 def _wave(phases: list[_Work], programs: int) -> Prediction:
     """Seconds for programs that are all there at once."""
-    share = ceil(programs / MULTIPROCESSORS)  # of the multiprocessor with the most
+    share = ceil(programs / H200_MULTIPROCESSORS)  # of the multiprocessor with the most
     each = []
     for work in phases if share == 1 else [_Work(*map(sum, zip(*phases, strict=True)))]:
         limits = {

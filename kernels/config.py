@@ -46,8 +46,9 @@ class MatmulConfig:
 def fits(kernel: Kernel, config: MatmulConfig, shape: tuple[int, int, int]) -> bool:
     """Whether a single pass can work on (M, N, K): in whole quads of columns, with tiles that can move back to fit."""
     _, N, K = shape
-    # Offsets within two tiles have to fit 32 bits.
-    if 0 in shape or K % 4 != 0 or 2 * config.block_n * K >= 2**31:
+    # Offsets within two tiles of weights, and within a tile of the results, have to fit 32 bits.
+    width = {"forward": N, "backward_input": K, "backward_weight": 0}[kernel]
+    if 0 in shape or K % 4 != 0 or max(2 * config.block_n * K, config.block_m * width) >= 2**31:
         return False
     if kernel == "backward_input":
         return config.block_k <= K

@@ -36,6 +36,7 @@ class _Tiles(NamedTuple):
         x_ptr, weight: at the program's first row; x_offsets (BLOCK_K, BLOCK_M), weight_offsets (BLOCK_N, BLOCK_K): of
             the first tile of columns.
         prior: of `open_prior`; centres: of the KL's terms.
+        counts: 1 for a row whose KL counts, 0 for one that sticks out, (BLOCK_N, 1); centre: of a sum of logarithms.
         noise: of the first tile of columns.
     """
 
@@ -47,6 +48,8 @@ class _Tiles(NamedTuple):
     weight_offsets: Any
     prior: Any
     centres: Any
+    counts: Any
+    centre: Any
     noise: Any
     K: Any
 
@@ -89,10 +92,10 @@ def _step(
     if WITH_KL:
         prior_mu, prior_sigma = prior_at(tiles.prior, offsets, exist)
         logarithm, scale, shift = kl_terms(mu, sigma, prior_mu, prior_sigma)
-        logarithm = sum_rows(sum_quads(logarithm), logarithms.shape[0])
-        square = sum_rows(sum_squares_of_quads(scale, shift, -4.0 * tiles.centres[1]), squares.shape[0])
-        added: tl.constexpr = 4 * weight.shape[0] // logarithms.shape[0]  # logarithms in each sum
-        logarithm -= added * tiles.centres[0]
+        # A multiply-add for a row, whether it counts or not: less than a select.
+        logarithm = sum_rows(sum_quads(logarithm) * tiles.counts, logarithms.shape[0]) - tiles.centre
+        square = sum_squares_of_quads(scale, shift, -4.0 * tiles.centres[1])
+        square = sum_rows(square * tiles.counts, squares.shape[0])
         if MASKED:
             quads_exist = (first + 4 * tl.arange(0, BLOCK_K // 4) < tiles.K)[None, :]
             logarithm, square = tl.where(quads_exist, logarithm, 0.0), tl.where(quads_exist, square, 0.0)
@@ -122,9 +125,10 @@ def _linear_forward_kernel(
     bias_column,
     bias_stream,
     tiles_per_split,
+    EVEN_N: tl.constexpr,  # BLOCK_N divides N
     EVEN_K: tl.constexpr,  # BLOCK_K divides K
     X_QUADS: tl.constexpr,  # x has whole quads of adjacent columns
-    KL_ROWS: tl.constexpr,  # BLOCK_N, or less where it divides N: see `sum_rows`
+    KL_ROWS: tl.constexpr,  # that the threads cover at once: see `sum_rows`
     DOT_DTYPE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -156,8 +160,24 @@ def _linear_forward_kernel(
     if WITH_KL:
         prior = open_prior(weight, start)
         centres = kl_centres(prior[1])
+    exist = (rows < N)[:, None]
+    if EVEN_N:
+        exist = tl.full((BLOCK_N, 1), True, tl.int1)  # folded
+    counts = tl.where(exist, 1.0, 0.0)
+    centre = sum_rows(tl.where(exist, 4.0 * centres[0], 0.0), KL_ROWS)
     tiles = _Tiles(
-        x_ptr, x_offsets, stride_xk, weight.mu + start, weight.rho + start, weight_offsets, prior, centres, noise, K
+        x_ptr,
+        x_offsets,
+        stride_xk,
+        weight.mu + start,
+        weight.rho + start,
+        weight_offsets,
+        prior,
+        centres,
+        counts,
+        centre,
+        noise,
+        K,
     )
     first_tile = split * tiles_per_split
     end_tile = tl.minimum(first_tile + tiles_per_split, tl.cdiv(K, BLOCK_K))
@@ -174,9 +194,6 @@ def _linear_forward_kernel(
     y, logarithms, squares = sums
     kl_part = 0.0
     if WITH_KL:
-        if KL_ROWS == BLOCK_N:
-            logarithms = tl.where(rows[:, None] < N, logarithms, 0.0)
-            squares = tl.where(rows[:, None] < N, squares, 0.0)
         kl_part = kl_from_sums(tl.sum(logarithms), tl.sum(squares), centres)
     if bias.mu is not None:
         if split == 0:
@@ -191,12 +208,6 @@ def _linear_forward_kernel(
     if WITH_KL:
         if tile_m == 0:
             sum_in_order(kl, kl_part, split * tl.num_programs(0) + tile_n, tl.num_programs(0) * tl.num_programs(1))
-
-
-def _kl_rows(outputs: int, config: MatmulConfig) -> int:
-    """Rows of the tile that one pass of the threads covers, if no tile sticks out; else all of them."""
-    covered = max(1, 32 * config.num_warps * 4 // config.block_k)
-    return config.block_n if outputs % config.block_n or covered > config.block_n else covered
 
 
 def _single_pass(
@@ -233,9 +244,10 @@ def _single_pass(
         stream,
         *bias_noise(addresses[1]),
         tiles_per_split,
+        EVEN_N=N % config.block_n == 0,
         EVEN_K=K % config.block_k == 0,
         X_QUADS=whole_quads(x.stride()),
-        KL_ROWS=_kl_rows(N, config),
+        KL_ROWS=min(config.block_n, max(1, 4 * 32 * config.num_warps // config.block_k)),
         **dot_options(x),
         UNROLL=config.unroll,
         BLOCK_M=config.block_m,

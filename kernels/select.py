@@ -15,7 +15,7 @@ from fusedbayes.kernels.table import TABLE
 Value = TypeVar("Value")
 
 SAMPLE_ONCE = MatmulConfig(128, 64, 64, single_pass=False)
-_MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
+MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}  # of an A100, an H100 or H200, a B200
 
 
 def select_tile_config(shape: tuple[int, ...]) -> TileConfig:
@@ -52,16 +52,16 @@ def select_config(
         {known: rows for (*which, known), rows in TABLE.items() if which == [kernel, arithmetic]}, architecture
     )
     config = next((config for rows, config in batches.items() if rows >= M), SAMPLE_ONCE)
-    multiprocessors = _latest(_MULTIPROCESSORS, architecture)
+    multiprocessors = _latest(MULTIPROCESSORS, architecture)
     few_tiles = triton.cdiv(N, config.block_n) * triton.cdiv(K, config.block_k) < multiprocessors
     if kernel == "backward_weight" and few_tiles and M % config.block_m == 0:
         # Half the tile for half the threads: more programs for a small layer. The masked step of a batch that the tile
         # does not divide would weigh too much on it.
         config = replace(config, block_n=config.block_n // 2, num_warps=config.num_warps // 2, max_registers=None)
-    # What sticks out of a tile costs registers and instructions, of which one with many batch rows has none to spare:
-    # it would spill, or be over its budget.
-    sticks_out = N % config.block_n != 0 or K % config.block_k != 0
-    crowded = kernel != "backward_weight" and config.block_m >= 128 and sticks_out
+    # The masked last step of a sum that the tile does not divide costs registers and instructions, of which a tile with
+    # many batch rows has none to spare: it would spill, or be over its budget.
+    remainder = {"forward": K % config.block_k, "backward_input": N % config.block_n, "backward_weight": 0}[kernel]
+    crowded = config.block_m >= 128 and remainder != 0
     if not config.single_pass or crowded or not fits(kernel, config, shape):
         return SAMPLE_ONCE
     return replace(config, splits=_splits(kernel, config, shape, multiprocessors))

@@ -98,3 +98,9 @@ def test_ragged_columns_are_sampled_once() -> None:
 def test_what_32_bits_cannot_address_is_sampled_once(kernel: Any) -> None:
     assert select_config(kernel, (64, 128, 2**22), torch.bfloat16, (9, 0)).single_pass
     assert not select_config(kernel, (64, 128, 2**24 + 4), torch.bfloat16, (9, 0)).single_pass
+
+
+@pytest.mark.parametrize(("kernel", "sizes"), [("forward", (2**23, 128)), ("backward_input", (128, 2**23))])
+def test_results_that_32_bits_cannot_address_are_sampled_once(kernel: Any, sizes: tuple[int, int]) -> None:
+    assert select_config(kernel, (128, *sizes), torch.bfloat16, (9, 0)).single_pass
+    assert not select_config(kernel, (256, *sizes), torch.bfloat16, (9, 0)).single_pass
