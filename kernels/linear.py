@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fusedbayes.kernels.bias import sample_bias
 from fusedbayes.kernels.config import MatmulConfig, fits
-from fusedbayes.kernels.gaussian import kl_centres, kl_from_sums, kl_terms, sigma_from_rho
+from fusedbayes.kernels.gaussian import sigma_from_rho
 from fusedbayes.kernels.launch import (
     NOT_SPECIALIZED,
     Parameter,
@@ -22,22 +22,21 @@ from fusedbayes.kernels.launch import (
     with_near_rows,
 )
 from fusedbayes.kernels.noise import Noise, load_key, normal_tile
-from fusedbayes.kernels.parameter import gaussian, load_elements, open_prior, prior_at
-from fusedbayes.kernels.quads import sum_quads, sum_squares_of_quads
+from fusedbayes.kernels.parameter import gaussian, load_elements
 from fusedbayes.kernels.sample import sample_layer
 from fusedbayes.kernels.select import select_config
-from fusedbayes.kernels.sums import new_total, partial_results, reduce, sum_in_order, sum_rows, value_of
+from fusedbayes.kernels.sums import new_total, partial_results, reduce, sum_in_order, value_of
+from fusedbayes.kernels.tile_kl import add_kl, open_charge, total_kl
 
 
 class _Tiles(NamedTuple):
     """What the steps of a program share.
 
     Attributes:
-        x_ptr, weight: at the program's first row; x_offsets (BLOCK_K, BLOCK_M), weight_offsets (BLOCK_N, BLOCK_K): of
-            the first tile of columns.
-        prior: of `open_prior`; centres: of the KL's terms.
-        counts: 1 for a row whose KL counts, 0 for one that sticks out, (BLOCK_N, 1); centre: of a sum of logarithms.
+        x_ptr, mu_ptr, rho_ptr: at the program's first row; x_offsets (BLOCK_K, BLOCK_M), weight_offsets (BLOCK_N,
+            BLOCK_K): of the first tile of columns.
         noise: of the first tile of columns.
+        charge: of `open_charge`, or None without KL.
     """
 
     x_ptr: Any
@@ -46,62 +45,33 @@ class _Tiles(NamedTuple):
     mu_ptr: Any
     rho_ptr: Any
     weight_offsets: Any
-    prior: Any
-    centres: Any
-    counts: Any
-    centre: Any
     noise: Any
+    charge: Any
     K: Any
 
 
-class _Sums(NamedTuple):
-    """What a program adds up: y^T (BLOCK_N, BLOCK_M), the KL's logarithms and squares (KL_ROWS, BLOCK_K // 4)."""
-
-    y: Any
-    logarithms: Any
-    squares: Any
-
-
 @triton.jit
-def _step(
-    sums,
-    tile_k,
-    tiles,
-    WITH_KL: tl.constexpr,
-    MASKED: tl.constexpr,
-    DOT_DTYPE: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-):
-    """One tile of columns: draw W, multiply, add to the sums that the KL is made of."""
+def _step(y, kl_sums, tile_k, tiles, MASKED: tl.constexpr, DOT_DTYPE: tl.constexpr, INPUT_PRECISION: tl.constexpr):
+    """One tile of columns: draw W, multiply, add to y (BLOCK_N, BLOCK_M) and to the sums of the KL."""
     BLOCK_K: tl.constexpr = tiles.weight_offsets.shape[1]
-    y, logarithms, squares = sums
     noise = tiles.noise
     first = tile_k * BLOCK_K
     # A 32-bit sum per four weights and a wide multiply-add per address: cheaper than 64-bit offsets.
     offsets = tiles.weight_offsets + first
-    exist, x_exist = None, None
+    exist, x_exist, quads_exist = None, None, None
     if MASKED:
         columns = first + tl.arange(0, BLOCK_K)
         exist, x_exist = (columns < tiles.K)[None, :], (columns < tiles.K)[:, None]
+        quads_exist = (first + 4 * tl.arange(0, BLOCK_K // 4) < tiles.K)[None, :]
     mu = load_elements(tiles.mu_ptr, offsets, exist, 0.0).to(tl.float32)
     sigma = sigma_from_rho(load_elements(tiles.rho_ptr, offsets, exist, 0.0).to(tl.float32))
     x = load_elements(tiles.x_ptr + tl.cast(first, tl.int64) * tiles.stride_xk, tiles.x_offsets, x_exist, 0.0)
     quads = noise.columns + tile_k * (BLOCK_K // 4)
     weight = mu + sigma * normal_tile(noise.seed, noise.rows, quads, noise.sample, noise.stream)
     y = tl.dot(weight.to(x.dtype).to(DOT_DTYPE), x.to(DOT_DTYPE), y, input_precision=INPUT_PRECISION)
-    if WITH_KL:
-        prior_mu, prior_sigma = prior_at(tiles.prior, offsets, exist)
-        logarithm, scale, shift = kl_terms(mu, sigma, prior_mu, prior_sigma)
-        # A multiply-add for a row, whether it counts or not: less than a select.
-        logarithm = sum_rows(sum_quads(logarithm) * tiles.counts, logarithms.shape[0]) - tiles.centre
-        square = sum_squares_of_quads(scale, shift, -4.0 * tiles.centres[1])
-        square = sum_rows(square * tiles.counts, squares.shape[0])
-        if MASKED:
-            quads_exist = (first + 4 * tl.arange(0, BLOCK_K // 4) < tiles.K)[None, :]
-            logarithm, square = tl.where(quads_exist, logarithm, 0.0), tl.where(quads_exist, square, 0.0)
-        logarithms += logarithm
-        squares += square
-    return _Sums(y, logarithms, squares)
+    if tiles.charge is not None:
+        kl_sums = add_kl(kl_sums, tiles.charge, mu, sigma, offsets, exist, quads_exist)
+    return y, kl_sums
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -128,7 +98,7 @@ def _linear_forward_kernel(
     EVEN_N: tl.constexpr,  # BLOCK_N divides N
     EVEN_K: tl.constexpr,  # BLOCK_K divides K
     X_QUADS: tl.constexpr,  # x has whole quads of adjacent columns
-    KL_ROWS: tl.constexpr,  # that the threads cover at once: see `sum_rows`
+    KL_ROWS: tl.constexpr,  # that the threads cover at once: a thread adds up the rows that it has
     DOT_DTYPE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -155,57 +125,42 @@ def _linear_forward_kernel(
     start = first_row.to(tl.int64) * K
     seed, sample = load_key(seed_ptr, sample_ptr)
     noise = Noise(seed, row_offset + rows, quad_offset + tl.arange(0, BLOCK_K // 4), sample, stream)
-    WITH_KL: tl.constexpr = kl is not None
-    prior, centres = (0.0, 1.0), (0.0, 1.0)
-    if WITH_KL:
-        prior = open_prior(weight, start)
-        centres = kl_centres(prior[1])
-    exist = (rows < N)[:, None]
-    if EVEN_N:
-        exist = tl.full((BLOCK_N, 1), True, tl.int1)  # folded
-    counts = tl.where(exist, 1.0, 0.0)
-    centre = sum_rows(tl.where(exist, 4.0 * centres[0], 0.0), KL_ROWS)
-    tiles = _Tiles(
-        x_ptr,
-        x_offsets,
-        stride_xk,
-        weight.mu + start,
-        weight.rho + start,
-        weight_offsets,
-        prior,
-        centres,
-        counts,
-        centre,
-        noise,
-        K,
-    )
+    charge = None
+    if kl is not None:
+        exist = (rows < N)[:, None]
+        if EVEN_N:
+            exist = tl.full((BLOCK_N, 1), True, tl.int1)  # folded
+        charge = open_charge(weight, start, exist, KL_ROWS)
+    tiles = _Tiles(x_ptr, x_offsets, stride_xk, weight.mu + start, weight.rho + start, weight_offsets, noise, charge, K)
     first_tile = split * tiles_per_split
     end_tile = tl.minimum(first_tile + tiles_per_split, tl.cdiv(K, BLOCK_K))
     full_end = tl.minimum(end_tile, K // BLOCK_K)
 
-    terms = tl.zeros((KL_ROWS, BLOCK_K // 4), tl.float32)
-    sums = _Sums(tl.zeros((BLOCK_N, BLOCK_M), tl.float32), terms, terms)
+    y = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    nothing = tl.zeros((KL_ROWS, BLOCK_K // 4), tl.float32)
+    kl_sums = nothing, nothing
     for tile_k in tl.range(first_tile, full_end, loop_unroll_factor=UNROLL):
-        sums = _step(sums, tile_k, tiles, WITH_KL, False, DOT_DTYPE, INPUT_PRECISION)
+        y, kl_sums = _step(y, kl_sums, tile_k, tiles, False, DOT_DTYPE, INPUT_PRECISION)
     if not EVEN_K:
         if full_end < end_tile:
-            sums = _step(sums, full_end, tiles, WITH_KL, True, DOT_DTYPE, INPUT_PRECISION)
+            y, kl_sums = _step(y, kl_sums, full_end, tiles, True, DOT_DTYPE, INPUT_PRECISION)
 
-    y, logarithms, squares = sums
     kl_part = 0.0
-    if WITH_KL:
-        kl_part = kl_from_sums(tl.sum(logarithms), tl.sum(squares), centres)
+    if kl is not None:
+        kl_part = total_kl(kl_sums, charge)
     if bias.mu is not None:
         if split == 0:
             bias_columns = tl.cast(bias_column, tl.int64) + rows
-            b, bias_kl = sample_bias(bias, Noise(seed, bias_row, bias_columns, sample, bias_stream), rows, N, WITH_KL)
+            b, bias_kl = sample_bias(
+                bias, Noise(seed, bias_row, bias_columns, sample, bias_stream), rows, N, kl is not None
+            )
             y += b.to(x_ptr.dtype.element_ty).to(tl.float32)[:, None]
             kl_part += bias_kl
     # 32-bit offsets within the tile: of a large one, 64-bit addresses would not fit the registers.
     y_ptr += (split.to(tl.int64) * M + first_batch) * N + first_row
     y_offsets = tl.arange(0, BLOCK_M)[None, :] * N + tl.arange(0, BLOCK_N)[:, None]
     tl.store(y_ptr + y_offsets, y.to(y_ptr.dtype.element_ty), mask=(rows < N)[:, None] & (batch < M)[None, :])
-    if WITH_KL:
+    if kl is not None:
         if tile_m == 0:
             sum_in_order(kl, kl_part, split * tl.num_programs(0) + tile_n, tl.num_programs(0) * tl.num_programs(1))
 

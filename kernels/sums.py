@@ -1,4 +1,4 @@
-"""How partial sums become one: within a thread, over the programs of a launch, over the splits of a product.
+"""How partial sums become one: over the programs of a launch, over the splits of a product.
 
 Always in the same order, so that a run repeats bit for bit.
 """
@@ -22,12 +22,6 @@ class Total(NamedTuple):
     out: Any  # () fp32
     parts: Any  # (parts,) fp32
     counter: Any  # () int32, zero
-
-
-@triton.jit
-def sum_rows(tile, ROWS: tl.constexpr):
-    """(R, Q) to (ROWS, Q): sums of rows ROWS apart. Where these lie in one thread nothing moves."""
-    return tl.sum(tl.reshape(tile, (tile.shape[0] // ROWS, ROWS, tile.shape[1])), axis=0)
 
 
 def arrival_counter(like: Tensor) -> Tensor:
