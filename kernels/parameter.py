@@ -14,7 +14,7 @@ class Gaussian(NamedTuple):
     Attributes:
         mu, rho: of one shape; None for a layer without a bias.
         prior_mu, prior_sigma: each like mu or of a single element; None if nobody asks for the KL.
-        PRIOR_MU_SCALAR, PRIOR_SIGMA_SCALAR: whether they are of a single element.
+        PRIOR_MU_SCALAR, PRIOR_SIGMA_SCALAR: whether they are of a single element; constants of the kernel.
     """
 
     mu: Any
