@@ -51,7 +51,10 @@ sanitize: .venv/installed
 	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
 	cp -r fusedbayes kernels tests pyproject.toml setup.py README.md LICENSE $(SANITIZED)
 	rm -f $(SANITIZED)/kernels/cpu/*.so
-	cd $(SANITIZED) && CFLAGS="$(SANITIZERS)" LDFLAGS="$(SANITIZERS)" ../../$(BIN)/python setup.py -q build_ext --inplace
+	cd $(SANITIZED) && CFLAGS="$(SANITIZERS)" CXXFLAGS="$(SANITIZERS)" LDFLAGS="$(SANITIZERS)" \
+		../../$(BIN)/python setup.py -q build_ext --inplace
+	nm $(SANITIZED)/kernels/cpu/*.so | grep -q __asan_report
+	nm $(SANITIZED)/kernels/cpu/*.so | grep -q __ubsan_handle
 	cd $(SANITIZED) && LD_PRELOAD=$$(cc -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
 		../../$(BIN)/python -m pytest tests/test_kernels_cpu.py
 

@@ -1,7 +1,7 @@
 """The native extension; everything else is declared in pyproject.toml.
 
 It is optional: where it does not compile, installation goes on, and PyTorch computes in its place. Plain C functions in
-a shared library, which the package loads with ctypes: no headers of torch or Python, so a build serves any version.
+a shared library, which the package loads with ctypes: no headers of torch or Python, no tie to their binary interfaces.
 """
 
 import hashlib
@@ -27,9 +27,9 @@ setup(
                 "-O3",
                 "-fno-math-errno",
                 "-fno-trapping-math",
+                "-fno-fast-math",  # whatever CXXFLAGS says
                 "-pthread",
                 "-Wno-psabi",  # vectors are passed between functions that are inlined
-                "-Wno-maybe-uninitialized",  # in GCC's own headers
             ],
             extra_link_args=["-pthread"],
             optional=True,

@@ -3,8 +3,8 @@
     python docs/fit_polynomials.py
 
 Lawson's algorithm: least squares, whose weights grow where the error is large until it is the same everywhere. That is
-the polynomial whose largest error is smallest. The error is relative to exp, log1p and softplus, and absolute of sine and
-cosine, which are multiplied by a radius.
+the polynomial whose largest error is smallest. The error is relative to exp, log1p and softplus, and absolute of sine
+and cosine, which are multiplied by a radius.
 """
 
 from collections.abc import Callable

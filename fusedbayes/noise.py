@@ -8,7 +8,7 @@ perturbs, Monte Carlo sample and stream::
     words   = Philox4x32-7(counter, key)              # four 32-bit words, for columns 4q .. 4q+3
 
 so neither tile sizes, launch order, device, backend nor sharding change it. This module is the definition, in PyTorch;
-`fusedbayes.kernels` holds the same function for Triton, equal word for word.
+`fusedbayes.kernels` holds the same function in Triton and in C++, equal word for word.
 
 Source: Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011 (Philox4x32, which passes
 BigCrush from seven rounds on); Box and Muller, "A note on the generation of random normal deviates", 1958.
@@ -211,14 +211,6 @@ def check_coordinates(
     column_offset: int = 0,
 ) -> None:
     """Raises TypeError or ValueError unless the block lies inside the noise's address space (see `normal`)."""
-    if (
-        type(stream) is type(row_offset) is type(column_offset) is type(rows) is type(columns) is int
-        and min(rows, columns, stream, row_offset, column_offset) >= 0
-        and stream < 2**32
-        and row_offset + rows <= 2**32
-        and column_offset + columns <= 2**34
-    ):
-        return  # at once: each small layer passes here
     values = {"rows": rows, "columns": columns, "stream": stream}
     values |= {"row_offset": row_offset, "column_offset": column_offset}
     for name, value in values.items():

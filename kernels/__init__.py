@@ -34,4 +34,6 @@ def __getattr__(name: str) -> Any:
     """Imports Triton with the first of its launchers that is asked for: the CPU kernel does without."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__} has no attribute {name}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value  # the next access finds it without coming here
+    return value

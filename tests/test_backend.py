@@ -77,6 +77,17 @@ def test_other_dtypes_are_left_to_pytorch(dtype: torch.dtype) -> None:
         assert torch.equal(actual, expected)
 
 
+@built
+def test_a_tensor_subclass_is_served() -> None:
+    class Labelled(Tensor):
+        pass
+
+    torch.manual_seed(0)
+    problem = make_problem((5, 18, 20))
+    y, _ = ops.bayes_linear(*problem._replace(x=problem.x.as_subclass(Labelled)).forward)
+    assert torch.equal(y, ops.bayes_linear(*problem.forward)[0])
+
+
 def test_cuda_is_explained() -> None:
     backend = fb.backend_info()["cuda"]
     assert backend.name == ("triton" if torch.cuda.is_available() else "reference")

@@ -1,7 +1,10 @@
 """Which implementation of the operators is in use, and why."""
 
+import functools
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from typing import NamedTuple
 
 import torch
@@ -9,6 +12,7 @@ import torch
 from fusedbayes.kernels.cpu import native
 
 _reference_only = 0
+_lock = threading.Lock()
 
 
 class Backend(NamedTuple):
@@ -35,11 +39,13 @@ def use_reference() -> Iterator[None]:
         ...     y = model(x)
     """
     global _reference_only
-    _reference_only += 1
+    with _lock:
+        _reference_only += 1
     try:
         yield
     finally:
-        _reference_only -= 1
+        with _lock:
+            _reference_only -= 1
 
 
 def backend_info() -> dict[str, Backend]:
@@ -61,6 +67,20 @@ def cpu_kernel() -> bool:
     return not _reference_only and isinstance(native.load(), native.Library)
 
 
+def triton_kernels() -> bool:
+    """Whether Triton computes on CUDA."""
+    return not _reference_only and _why_not_triton() is None
+
+
+@functools.cache
+def _why_not_triton() -> str | None:
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"Triton does not import: {error}"
+    return None
+
+
 def _cpu() -> Backend:
     if reference_only():
         return Backend("reference", "inside fusedbayes.use_reference()")
@@ -76,8 +96,6 @@ def _cuda() -> Backend:
         return Backend("reference", "inside fusedbayes.use_reference()")
     if not torch.cuda.is_available():
         return Backend("reference", "torch sees no CUDA device")
-    try:
-        import triton
-    except ImportError as error:
-        return Backend("reference", f"Triton does not import: {error}")
-    return Backend("triton", f"Triton {triton.__version__} on {torch.cuda.get_device_name()}")
+    if (reason := _why_not_triton()) is not None:
+        return Backend("reference", reason)
+    return Backend("triton", f"Triton {version('triton')} on {torch.cuda.get_device_name()}")

@@ -8,10 +8,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from fusedbayes.kernels import cpu
-from fusedbayes.noise import Address
 from fusedbayes.ops import backend, eager
-
-_PLAIN = (type(None), bool, int, list, tuple, Address)
 
 
 def implementation(name: str) -> Callable[..., Any]:
@@ -28,17 +25,15 @@ def implementation(name: str) -> Callable[..., Any]:
 
 
 def _served(arguments: tuple[Any, ...]) -> bool:
-    """Whether all tensors, and the dtype that is asked for, are what the kernel takes; no subclasses."""
+    """Whether the floating tensors, and the dtype that is asked for, have dtypes that the kernel takes."""
     for argument in arguments:
         kind = type(argument)
-        if kind is Tensor or kind is Parameter:  # isinstance costs microseconds for these
+        if kind is Tensor or kind is Parameter or isinstance(argument, Tensor):  # isinstance alone is slow for these
             dtype = argument.dtype
         elif kind is torch.dtype:
             dtype = argument
-        elif kind in _PLAIN:
-            continue
         else:
-            return False
-        if dtype not in cpu.DTYPES:
+            continue
+        if dtype not in cpu.DTYPES and dtype is not torch.int64:  # seed and sample
             return False
     return True

@@ -3,16 +3,23 @@
 // Plain functions over pointers, called through ctypes by kernels/cpu/native.py, which mirrors the structures below.
 // passes.h is compiled once for each instruction set; which one runs is the caller's choice at run time.
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <system_error>
+#include <exception>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
+#if defined(__FAST_MATH__)
+#error "-ffast-math takes sums apart that are exact by their order"
+#endif
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -25,21 +32,23 @@ namespace {
 enum Type : int32_t { FLOAT32, BFLOAT16 };
 enum Output : int32_t { NONE, WEIGHT, VARIANCE, NORMAL, WORD };
 
+// A matrix, strides in elements; 0 repeats a row or a column. Results have adjacent columns.
 struct Operand {
-    void* data;
-    int64_t type;
+    void* data;  // null if absent
+    int64_t type, row_stride, column_stride;
+    int64_t first_row;  // of the parameter, which is the first one here
 };
 
-typedef void (*Worker)(void*);
-typedef void (*Parallel)(Worker, void*, unsigned threads, unsigned flags);  // GOMP_parallel of the runtime in use
+using Worker = void (*)(void*);
+using Parallel = void (*)(Worker, void*, unsigned threads, unsigned flags);  // GOMP_parallel of the runtime in use
 
 struct Problem {
-    Operand weight, grad_mu, grad_rho;  // results; (rows, columns), row-major
+    Operand weight, grad_mu, grad_rho;  // results
     Operand mu, rho, prior_mu, prior_sigma, grad_weight;
     const float* grad_kl;
     const int64_t *seed, *sample;  // null is 0
     int64_t stream, row_offset, column_offset;
-    int64_t first_row, rows, columns, output, scalar_prior;  // `weight` begins with the first row
+    int64_t first_row, rows, columns, output, scalar_prior;
     Parallel parallel;
     int64_t threads, instruction_set;
 };
@@ -53,7 +62,7 @@ inline Noise noise_of(const Problem& p) {
     return {(uint32_t)seed, (uint32_t)(seed >> 32), p.sample ? (uint32_t)*p.sample : 0, (uint32_t)p.stream};
 }
 
-constexpr int SEGMENT = 1024;         // columns of a row that are worked on at a time
+constexpr int LONGEST = 1024;         // columns of a row that are worked on at a time
 constexpr int64_t CHUNK = 16 * 1024;  // weights that a thread takes at a time, about 20 us of work
 constexpr float SIGMA_FLOOR = 0x1p-126f;
 constexpr float LN_2 = 0.69314718f, LN_2_HIGH = 0x1.62e4p-1f, LN_2_LOW = 1.4286068e-06f, LOG2_E = 1.44269504f;
@@ -72,6 +81,11 @@ constexpr float ROUND_TO_INTEGER = 0x1.8p23f;  // added and taken off again
 #endif
 #define STRING(...) #__VA_ARGS__
 
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // in GCC's own intrinsics, whose masked lanes are undefined
+#endif
+
 TARGET_BEGIN("avx512f,avx512dq,avx512vl,avx512bw,avx2,fma")
 #define isa avx512
 #define LANES 16
@@ -83,13 +97,15 @@ TARGET_END
 TARGET_BEGIN("avx2,fma")
 #define isa avx2
 #define LANES 8
-#define FUSEDBAYES_AVX2
 #include "passes.h"
-#undef FUSEDBAYES_AVX2
 #undef LANES
 #undef isa
 TARGET_END
 
+#endif
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
 #endif
 
 #define isa portable
@@ -100,22 +116,22 @@ TARGET_END
 
 namespace {
 
-// What is computed of one stretch of a row; its part of the KL comes back.
-typedef double (*Pass)(const Problem&, int64_t row, int64_t first_column, int columns);
+// What is computed of a piece of a row; its part of the KL comes back.
+using Pass = double (*)(const Problem&, int64_t row, int64_t first_column, int columns);
 
+// A pass over all pieces. Threads take chunks of them as they come.
 struct Job {
     const Problem& problem;
     Pass pass;
-    int64_t segments, stretches, per_chunk;
+    int64_t pieces_of_a_row, pieces, per_chunk;
     std::vector<double> results;  // one for each chunk, so that their sum does not depend on who worked on which
     std::atomic<int64_t> next{0};
 
     Job(const Problem& p, Pass pass) : problem(p), pass(pass) {
-        segments = (p.columns + SEGMENT - 1) / SEGMENT;
-        stretches = p.rows * segments;
-        const int64_t length = p.columns < SEGMENT ? p.columns : SEGMENT;
-        per_chunk = length < CHUNK ? CHUNK / (length ? length : 1) : 1;
-        results.assign((stretches + per_chunk - 1) / per_chunk, 0.0);
+        pieces_of_a_row = (p.columns + LONGEST - 1) / LONGEST;
+        pieces = p.rows * pieces_of_a_row;
+        per_chunk = CHUNK / std::max<int64_t>(1, std::min<int64_t>(p.columns, LONGEST));
+        results.assign((pieces + per_chunk - 1) / per_chunk, 0.0);
     }
 
     void work() {
@@ -123,11 +139,11 @@ struct Job {
             const int64_t chunk = next.fetch_add(1, std::memory_order_relaxed);
             if (chunk >= (int64_t)results.size()) return;
             double sum = 0.0;
-            const int64_t end = (chunk + 1) * per_chunk < stretches ? (chunk + 1) * per_chunk : stretches;
-            for (int64_t stretch = chunk * per_chunk; stretch < end; stretch++) {
-                const int64_t row = problem.first_row + stretch / segments, first = stretch % segments * SEGMENT;
-                const int64_t left = problem.columns - first;
-                sum += pass(problem, row, first, (int)(left < SEGMENT ? left : SEGMENT));
+            const int64_t end = std::min((chunk + 1) * per_chunk, pieces);
+            for (int64_t piece = chunk * per_chunk; piece < end; piece++) {
+                const int64_t row = problem.first_row + piece / pieces_of_a_row;
+                const int64_t first_column = piece % pieces_of_a_row * LONGEST;
+                sum += pass(problem, row, first_column, (int)std::min<int64_t>(problem.columns - first_column, LONGEST));
             }
             results[chunk] = sum;
         }
@@ -137,7 +153,7 @@ struct Job {
         std::vector<std::thread> started;
         try {
             for (int64_t i = 0; i < others; i++) started.emplace_back(work_on, this);
-        } catch (const std::system_error&) {
+        } catch (const std::exception&) {
             // As many as there are will do.
         }
         work();
@@ -147,11 +163,13 @@ struct Job {
     static void work_on(void* job) { ((Job*)job)->work(); }
 
     double run() {
-        const int64_t threads = problem.threads < (int64_t)results.size() ? problem.threads : (int64_t)results.size();
-        if (threads > 1 && problem.parallel) {
-            problem.parallel(work_on, this, (unsigned)threads, 0);
+        const int64_t useful = std::min<int64_t>(problem.threads, (int64_t)results.size());
+        if (useful > 1 && problem.parallel) {
+            // All of torch's threads, even if some find nothing to do: a smaller team would have the runtime end the
+            // others, and start them again for torch's next operation.
+            problem.parallel(work_on, this, (unsigned)problem.threads, 0);
         } else {
-            run_on_new_threads(threads - 1);
+            run_on_new_threads(useful - 1);
         }
         double total = 0.0;
         for (double result : results) total += result;
@@ -183,6 +201,9 @@ extern "C" {
 // What setup.py took from the sources: a build that is older than they are is not used.
 uint32_t fusedbayes_source_hash() { return FUSEDBAYES_SOURCE_HASH; }
 
+// For native.py, whose structure must be as large.
+int64_t fusedbayes_problem_size() { return sizeof(Problem); }
+
 // The best instruction set of this machine, by number.
 int64_t fusedbayes_instruction_set() {
 #if defined(__x86_64__)
@@ -196,12 +217,12 @@ int64_t fusedbayes_instruction_set() {
     return 0;
 }
 
-// Asks for large pages where memory is fresh: the kernel hands out and clears 4 KiB at a time else, which for a gradient
-// of 16 MiB takes longer than computing it.
+// Asks for large pages where memory is fresh. Linux hands out and clears 4 KiB at a time else, which for a gradient of
+// 16 MiB takes longer than computing it.
 void fusedbayes_prefer_large_pages(void* memory, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-    const uintptr_t page = 2 << 20;
-    const uintptr_t first = ((uintptr_t)memory + page - 1) / page * page, end = ((uintptr_t)memory + bytes) / page * page;
+    const uintptr_t page = 2 << 20, begin = (uintptr_t)memory;
+    const uintptr_t first = (begin + page - 1) / page * page, end = (begin + bytes) / page * page;
     if (first < end) madvise((void*)first, end - first, MADV_HUGEPAGE);
 #else
     (void)memory, (void)bytes;
@@ -209,10 +230,12 @@ void fusedbayes_prefer_large_pages(void* memory, int64_t bytes) {
 }
 
 // Writes what `output` says into `weight`; returns the KL, or 0 without a prior.
-double fusedbayes_forward(const Problem* problem) {
+double fusedbayes_forward(const Problem* problem) noexcept {
     return Job(*problem, PASSES[problem->instruction_set].forward).run();
 }
 
 // Writes grad_mu and grad_rho, and the weight again where it has a place.
-void fusedbayes_backward(const Problem* problem) { Job(*problem, PASSES[problem->instruction_set].backward).run(); }
+void fusedbayes_backward(const Problem* problem) noexcept {
+    Job(*problem, PASSES[problem->instruction_set].backward).run();
+}
 }

@@ -104,9 +104,15 @@ def bayes_linear_backward(
         grad_mu, grad_rho = new_gradient(weight_mu), new_gradient(weight_rho)
         # dmu takes the place of dY^T X: the C++ reads an element before it writes it.
         grad_weight = grad_mu if grad_mu.dtype == x.dtype else x.new_empty(N, K)
-        gradients = {"grad_mu": grad_mu, "grad_rho": grad_rho, "grad_weight": grad_weight}
-        with_kl = grad_kl is not None and weight_prior_mu is not None
-        problem = make_problem(parameter, key, with_kl=with_kl, **gradients, grad_kl=grad_kl if with_kl else None)
+        problem = make_problem(
+            parameter,
+            key,
+            with_kl=grad_kl is not None and weight_prior_mu is not None,
+            grad_kl=grad_kl,
+            grad_mu=grad_mu,
+            grad_rho=grad_rho,
+            grad_weight=grad_weight,
+        )
     else:
         grad_mu, grad_rho = weight_mu.new_empty(0), weight_rho.new_empty(0)
         problem = make_problem(parameter, key, with_kl=False)
@@ -117,7 +123,7 @@ def bayes_linear_backward(
         if needs_weight:
             torch.mm(grad_y[:, rows].t(), x, out=grad_weight[rows])
             library().backward(problem)
-        else:
+        elif weight is not None:
             library().forward(problem, Output.WEIGHT)
         if weight is not None:
             grad_x.addmm_(grad_y[:, rows], weight)

@@ -14,10 +14,11 @@ import torch
 FOLDER = Path(__file__).parent
 SOURCES = ("fused.cpp", "passes.h")
 
-# What follows mirrors the declarations of the same names in fused.cpp.
+DTYPES = frozenset((torch.float32, torch.bfloat16))  # floating dtypes that the kernel takes
+
+# What follows mirrors fused.cpp: the passes by number, Type, and the declarations of the same names.
 INSTRUCTION_SETS = ("portable", "avx2", "avx512")
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int32: 0}  # words are as wide as float32
-DTYPES = frozenset((torch.float32, torch.bfloat16, torch.int64))  # what the operators' tensors may have
 
 
 class Output(IntEnum):
@@ -31,9 +32,12 @@ class Output(IntEnum):
 
 
 class Operand(ctypes.Structure):
-    """A row-major tensor; one that is absent is null."""
+    """A matrix, or a vector as one row; one that is absent is null."""
 
-    _fields_ = (("data", ctypes.c_void_p), ("type", ctypes.c_int64))
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("type", "row_stride", "column_stride", "first_row")),
+    )
 
 
 class Problem(ctypes.Structure):
@@ -51,11 +55,16 @@ class Problem(ctypes.Structure):
     )
 
     def set_operands(self, tensors: dict[str, torch.Tensor | None]) -> None:
-        """Points at the tensors, or at row-major copies of those that are not."""
-        self.tensors = {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
+        """Points at the tensors, whatever their strides; results are contiguous."""
+        self.tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
         for name, tensor in self.tensors.items():
-            pointer = tensor.data_ptr()
-            setattr(self, name, pointer if name == "grad_kl" else (pointer, _TYPES[tensor.dtype]))
+            strides = (0, 0, *tensor.stride())[-2:]
+            setattr(self, name, (tensor.data_ptr(), _TYPES[tensor.dtype], *strides, 0))
+
+    def set_grad_kl(self, grad_kl: torch.Tensor) -> None:
+        """Points at the KL's cotangent, or at its copy in float32."""
+        self.tensors["grad_kl"] = grad_kl.float()
+        self.grad_kl = self.tensors["grad_kl"].data_ptr()
 
     def set_noise(self, seed: torch.Tensor, sample: torch.Tensor | None, address: Sequence[int]) -> None:
         """Points at seed and sample, and sets the address."""
@@ -68,7 +77,7 @@ class Problem(ctypes.Structure):
         """Restricts the next pass to these rows; `weight` is written for them alone."""
         self.first_row, self.rows = rows.start, rows.stop - rows.start
         if weight is not None:
-            self.weight = (weight.data_ptr(), _TYPES[weight.dtype])
+            self.weight = (weight.data_ptr(), _TYPES[weight.dtype], *weight.stride(), rows.start)
 
 
 @dataclass(frozen=True)
@@ -124,8 +133,10 @@ def load() -> Library | str:
     except OSError as error:
         return f"the C++ extension does not load: {error}"
     functions.fusedbayes_source_hash.restype = ctypes.c_uint32
+    functions.fusedbayes_problem_size.restype = ctypes.c_int64
     if source_hash() not in (None, functions.fusedbayes_source_hash()):
         return f"{paths[0].name} was built from other sources: install the package again"
+    assert functions.fusedbayes_problem_size() == ctypes.sizeof(Problem)
     functions.fusedbayes_forward.restype = ctypes.c_double
     functions.fusedbayes_backward.restype = None
     functions.fusedbayes_instruction_set.restype = ctypes.c_int64

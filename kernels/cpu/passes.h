@@ -26,8 +26,12 @@ INLINE void store(float* to, Floats values) { std::memcpy(to, &values, sizeof va
 INLINE Wides multiply_wide(Wides words, uint32_t factor) {
 #if LANES == 16
     return (Wides)_mm512_mul_epu32((__m512i)words, _mm512_set1_epi32((int)factor));
-#elif defined(FUSEDBAYES_AVX2)
+#elif LANES == 8
     return (Wides)_mm256_mul_epu32((__m256i)words, _mm256_set1_epi32((int)factor));
+#elif defined(__x86_64__)
+    return (Wides)_mm_mul_epu32((__m128i)words, _mm_set1_epi32((int)factor));
+#elif defined(__aarch64__)
+    return (Wides)vmull_n_u32(vmovn_u64((uint64x2_t)words), factor);
 #else
     return (words & 0xffffffff) * factor;
 #endif
@@ -36,8 +40,12 @@ INLINE Wides multiply_wide(Wides words, uint32_t factor) {
 INLINE Floats square_root(Floats x) {
 #if LANES == 16
     return (Floats)_mm512_sqrt_ps((__m512)x);
-#elif defined(FUSEDBAYES_AVX2)
+#elif LANES == 8
     return (Floats)_mm256_sqrt_ps((__m256)x);
+#elif defined(__x86_64__)
+    return (Floats)_mm_sqrt_ps((__m128)x);
+#elif defined(__aarch64__)
+    return (Floats)vsqrtq_f32((float32x4_t)x);
 #else
     for (int i = 0; i < LANES; i++) x[i] = std::sqrt(x[i]);
     return x;
@@ -49,9 +57,15 @@ INLINE void transpose_blocks(Floats& a, Floats& b, Floats& c, Floats& d) {
 #if LANES == 16
 #define UNPACK_LOW(x, y) (Floats) _mm512_unpacklo_ps((__m512)(x), (__m512)(y))
 #define UNPACK_HIGH(x, y) (Floats) _mm512_unpackhi_ps((__m512)(x), (__m512)(y))
-#elif defined(FUSEDBAYES_AVX2)
+#elif LANES == 8
 #define UNPACK_LOW(x, y) (Floats) _mm256_unpacklo_ps((__m256)(x), (__m256)(y))
 #define UNPACK_HIGH(x, y) (Floats) _mm256_unpackhi_ps((__m256)(x), (__m256)(y))
+#elif defined(__x86_64__)
+#define UNPACK_LOW(x, y) (Floats) _mm_unpacklo_ps((__m128)(x), (__m128)(y))
+#define UNPACK_HIGH(x, y) (Floats) _mm_unpackhi_ps((__m128)(x), (__m128)(y))
+#elif defined(__aarch64__)
+#define UNPACK_LOW(x, y) (Floats) vzip1q_f32((float32x4_t)(x), (float32x4_t)(y))
+#define UNPACK_HIGH(x, y) (Floats) vzip2q_f32((float32x4_t)(x), (float32x4_t)(y))
 #endif
 #ifdef UNPACK_LOW
     const Floats ac0 = UNPACK_LOW(a, c), ac1 = UNPACK_HIGH(a, c), bd0 = UNPACK_LOW(b, d), bd1 = UNPACK_HIGH(b, d);
@@ -132,7 +146,7 @@ INLINE void box_muller(Words radius_word, Words angle_word, Floats& z0, Floats& 
 // t = exp(-|rho|) and sigma = max(log(1 + exp(rho)), 2^-126): see kernels/gaussian.py. Below 2^-126 t is 0.
 INLINE void exp_and_sigma(Floats rho, Floats& t, Floats& sigma) {
     const Floats positive = rho > 0.0f ? rho : fill(0.0f);
-    const Floats x = rho - 2.0f * positive;  // -|rho|, and a NaN stays one
+    const Floats x = rho > 0.0f ? -rho : rho;  // a NaN stays one
     const Floats shifted = x * LOG2_E + ROUND_TO_INTEGER;
     const Floats n = shifted - ROUND_TO_INTEGER;
     const Floats f = x - n * LN_2_HIGH - n * LN_2_LOW;
@@ -169,64 +183,67 @@ INLINE void draw_columns(const Noise& noise, uint32_t row, uint32_t first_quad, 
     }
 }
 
-// A stretch of one row: whole groups of columns, or the rest of the row, padded to whole vectors.
-struct Stretch {
+// A piece of a row: whole groups of columns, or the rest of the row, padded to whole vectors.
+struct Piece {
     int64_t row, first_column;
     int columns, padded;
-    int64_t first, first_of_weight;  // elements before it, in the tensors and in `weight`
 
-    INLINE Stretch(const Problem& p, int64_t row, int64_t first_column, int columns)
+    INLINE Piece(int64_t row, int64_t first_column, int columns)
         : row(row), first_column(first_column), columns(columns) {
         padded = (columns + LANES - 1) / LANES * LANES;
-        first = row * p.columns + first_column;
-        first_of_weight = first - p.first_row * p.columns;
+    }
+
+    // Elements of the operand before it.
+    INLINE int64_t offset(const Operand& operand) const {
+        return (row - operand.first_row) * operand.row_stride + first_column * operand.column_stride;
     }
 };
 
-// The operand's elements from `first` on as floats: in place, or in the buffer, with `padding` beyond the last.
-INLINE const float* fetch(const Operand& operand, const Stretch& s, float padding, float* buffer) {
+// The operand's elements as floats: in place if they can be, else in the buffer, with `padding` beyond the last.
+INLINE const float* fetch(const Operand& operand, const Piece& piece, float padding, float* buffer) {
     if (operand.type == FLOAT32) {
-        const float* values = (const float*)operand.data + s.first;
-        if (s.columns == s.padded) return values;
-        for (int i = 0; i < s.columns; i++) buffer[i] = values[i];
+        const float* values = (const float*)operand.data + piece.offset(operand);
+        if (operand.column_stride == 1 && piece.columns == piece.padded) return values;
+        for (int i = 0; i < piece.columns; i++) buffer[i] = values[i * operand.column_stride];
     } else {
-        const uint16_t* values = (const uint16_t*)operand.data + s.first;
-        for (int i = 0; i < s.columns; i++) {
-            const uint32_t bits = (uint32_t)values[i] << 16;
+        const uint16_t* values = (const uint16_t*)operand.data + piece.offset(operand);
+        for (int i = 0; i < piece.columns; i++) {
+            const uint32_t bits = (uint32_t)values[i * operand.column_stride] << 16;
             std::memcpy(buffer + i, &bits, sizeof bits);
         }
     }
-    for (int i = s.columns; i < s.padded; i++) buffer[i] = padding;
+    for (int i = piece.columns; i < piece.padded; i++) buffer[i] = padding;
     return buffer;
 }
 
-// Where results may be written as floats: in place, or in the buffer, from which `flush` brings them.
-INLINE float* target(const Operand& operand, const Stretch& s, int64_t first, float* buffer) {
-    return operand.type == FLOAT32 && s.columns == s.padded ? (float*)operand.data + first : buffer;
+// Where results are written as floats: in place, or in the buffer, from which `flush` brings them.
+INLINE float* target(const Operand& operand, const Piece& piece, float* buffer) {
+    const bool in_place = operand.type == FLOAT32 && piece.columns == piece.padded;
+    return in_place ? (float*)operand.data + piece.offset(operand) : buffer;
 }
 
-INLINE void flush(const Operand& operand, const Stretch& s, int64_t first, const float* buffer) {
+INLINE void flush(const Operand& operand, const Piece& piece, const float* results) {
     if (operand.type == FLOAT32) {
-        float* values = (float*)operand.data + first;
-        for (int i = 0; values != buffer && i < s.columns; i++) values[i] = buffer[i];
+        float* values = (float*)operand.data + piece.offset(operand);
+        for (int i = 0; values != results && i < piece.columns; i++) values[i] = results[i];
         return;
     }
-    uint16_t* values = (uint16_t*)operand.data + first;
-    for (int i = 0; i < s.columns; i++) {
+    uint16_t* values = (uint16_t*)operand.data + piece.offset(operand);
+    for (int i = 0; i < piece.columns; i++) {
         uint32_t bits;
-        std::memcpy(&bits, buffer + i, sizeof bits);
+        std::memcpy(&bits, results + i, sizeof bits);
         const uint32_t nearest_even = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
         values[i] = (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? bits >> 16 | 0x40 : nearest_even);
     }
 }
 
-// The noise of a stretch; the buffer has room for a group more.
+// The noise of a piece; the buffer has room for a group more.
 template <bool AS_WORDS = false>
-INLINE const float* draw(const Problem& p, const Stretch& s, float* buffer) {
-    const int64_t column = p.column_offset + s.first_column;
+INLINE const float* draw(const Problem& p, const Piece& piece, float* buffer) {
+    const int64_t column = p.column_offset + piece.first_column;
     const int shift = (int)(column % 4);
-    const uint32_t row = (uint32_t)(p.row_offset + s.row), quad = (uint32_t)(column / 4);
-    draw_columns<AS_WORDS>(noise_of(p), row, quad, s.padded + shift, buffer);
+    const uint32_t row = (uint32_t)(p.row_offset + piece.row), quad = (uint32_t)(column / 4);
+    draw_columns<AS_WORDS>(noise_of(p), row, quad, piece.padded + shift, buffer);
     return buffer + shift;
 }
 
@@ -235,19 +252,18 @@ template <bool SCALAR>
 struct Prior {
     Floats mu, sigma, inverse;
 
-    INLINE Prior(const Problem& p, const Stretch& s, float* mu_buffer, float* sigma_buffer) {
-        if (!p.prior_sigma.data) return;
-        mus = SCALAR ? (const float*)p.prior_mu.data : fetch(p.prior_mu, s, 0.0f, mu_buffer);
-        sigmas = SCALAR ? (const float*)p.prior_sigma.data : fetch(p.prior_sigma, s, 1.0f, sigma_buffer);
-        if (SCALAR) set(fill(*mus), fill(*sigmas));
+    INLINE Prior(const Problem& p, const Piece& piece, float* mu_buffer, float* sigma_buffer) {
+        mu_values = SCALAR ? (const float*)p.prior_mu.data : fetch(p.prior_mu, piece, 0.0f, mu_buffer);
+        sigma_values = SCALAR ? (const float*)p.prior_sigma.data : fetch(p.prior_sigma, piece, 1.0f, sigma_buffer);
+        set(fill(*mu_values), fill(*sigma_values));
     }
 
     INLINE void move_to(int column) {
-        if (!SCALAR) set(load(mus + column), load(sigmas + column));
+        if (!SCALAR) set(load(mu_values + column), load(sigma_values + column));
     }
 
    private:
-    const float *mus, *sigmas;
+    const float *mu_values, *sigma_values;
 
     INLINE void set(Floats new_mu, Floats new_sigma) {
         mu = new_mu;
@@ -326,62 +342,67 @@ struct KlSum {
 };
 
 // The noise itself, which tests compare with its definition.
-INLINE void noise_of_stretch(const Problem& p, const Stretch& s) {
-    float buffer[SEGMENT + GROUP];
-    const float* noise = p.output == WORD ? draw<true>(p, s, buffer) : draw(p, s, buffer);
-    std::memcpy((float*)p.weight.data + s.first_of_weight, noise, s.columns * sizeof(float));
+INLINE void write_noise(const Problem& p, const Piece& piece) {
+    float buffer[LONGEST + GROUP];
+    const float* noise = p.output == WORD ? draw<true>(p, piece, buffer) : draw(p, piece, buffer);
+    std::memcpy((float*)p.weight.data + piece.offset(p.weight), noise, piece.columns * sizeof(float));
 }
 
 template <bool KL, bool SCALAR, bool TAIL>
-INLINE double forward(const Problem& p, const Stretch& s) {
-    float buffers[6][SEGMENT + GROUP];
-    const float* eps = p.output == WEIGHT ? draw(p, s, buffers[0]) : nullptr;
-    const float* mu = fetch(p.mu, s, 0.0f, buffers[1]);
-    const float* rho = fetch(p.rho, s, 0.0f, buffers[2]);
-    float* weight = p.output == NONE ? nullptr : target(p.weight, s, s.first_of_weight, buffers[5]);
+INLINE double forward(const Problem& p, const Piece& piece) {
+    float buffers[6][LONGEST + GROUP];
+    const float* eps = p.output == WEIGHT ? draw(p, piece, buffers[0]) : nullptr;
+    const float* mu = fetch(p.mu, piece, 0.0f, buffers[1]);
+    const float* rho = fetch(p.rho, piece, 0.0f, buffers[2]);
+    float* weight = p.output == NONE ? nullptr : target(p.weight, piece, buffers[3]);
     double result = 0.0;
     if constexpr (KL) {
-        Prior<SCALAR> prior(p, s, buffers[3], buffers[4]);
+        Prior<SCALAR> prior(p, piece, buffers[4], buffers[5]);
         KlSum<SCALAR, TAIL> kl(prior);
-        for (int column = 0; column < s.padded; column += GROUP) {
+        for (int column = 0; column < piece.padded; column += GROUP) {
             kl.begin_group();
-            const int end = TAIL ? s.padded : column + GROUP;
+            const int end = TAIL ? piece.padded : column + GROUP;
             for (int i = column; i < end; i += LANES) {
                 Floats t, sigma;
                 exp_and_sigma(load(rho + i), t, sigma);
                 prior.move_to(i);
-                kl.add(load(mu + i), sigma, prior, s.columns - i);
+                kl.add(load(mu + i), sigma, prior, piece.columns - i);
                 if (weight) store(weight + i, eps ? load(mu + i) + sigma * load(eps + i) : sigma * sigma);
             }
             kl.end_group();
         }
         result = kl.total();
     } else {
-        for (int i = 0; i < s.padded; i += LANES) {
+        for (int i = 0; i < piece.padded; i += LANES) {
             Floats t, sigma;
             exp_and_sigma(load(rho + i), t, sigma);
             store(weight + i, eps ? load(mu + i) + sigma * load(eps + i) : sigma * sigma);
         }
     }
-    if (weight) flush(p.weight, s, s.first_of_weight, weight);
+    if (weight) flush(p.weight, piece, weight);
     return result;
 }
+
+// What stands in for a prior where there is no KL.
+struct NoPrior {
+    INLINE NoPrior(const Problem&, const Piece&, float*, float*) {}
+};
 
 // dmu = G + g (mu - m0) / s0^2 and drho = (G eps + g (sigma / s0^2 - 1 / sigma)) sigmoid(rho), and W again if asked for.
 // sigmoid(rho) / sigma is (t if rho < 0 else 1) / (sigma (1 + t)): at most 1, while g / sigma would overflow.
 template <bool KL, bool SCALAR>
-INLINE void backward(const Problem& p, const Stretch& s) {
-    float buffers[9][SEGMENT + GROUP];
-    const float* eps = p.grad_weight.data || p.weight.data ? draw(p, s, buffers[0]) : nullptr;
-    const float* mu = fetch(p.mu, s, 0.0f, buffers[1]);
-    const float* rho = fetch(p.rho, s, 0.0f, buffers[2]);
-    const float* grad_weight = p.grad_weight.data ? fetch(p.grad_weight, s, 0.0f, buffers[3]) : nullptr;
-    float* weight = p.weight.data ? target(p.weight, s, s.first_of_weight, buffers[4]) : nullptr;
-    float* grad_mu = target(p.grad_mu, s, s.first, buffers[5]);
-    float* grad_rho = target(p.grad_rho, s, s.first, buffers[6]);
-    Prior<SCALAR> prior(p, s, buffers[7], buffers[8]);
+INLINE void backward(const Problem& p, const Piece& piece) {
+    float buffers[9][LONGEST + GROUP];
+    const float* eps = p.grad_weight.data || p.weight.data ? draw(p, piece, buffers[0]) : nullptr;
+    const float* mu = fetch(p.mu, piece, 0.0f, buffers[1]);
+    const float* rho = fetch(p.rho, piece, 0.0f, buffers[2]);
+    const float* grad_weight = p.grad_weight.data ? fetch(p.grad_weight, piece, 0.0f, buffers[3]) : nullptr;
+    float* weight = p.weight.data ? target(p.weight, piece, buffers[4]) : nullptr;
+    float* grad_mu = target(p.grad_mu, piece, buffers[5]);
+    float* grad_rho = target(p.grad_rho, piece, buffers[6]);
+    std::conditional_t<KL, Prior<SCALAR>, NoPrior> prior(p, piece, buffers[7], buffers[8]);
     const Floats grad_kl = fill(KL ? *p.grad_kl : 0.0f);
-    for (int i = 0; i < s.padded; i += LANES) {
+    for (int i = 0; i < piece.padded; i += LANES) {
         const Floats mean = load(mu + i), r = load(rho + i);
         Floats t, sigma;
         exp_and_sigma(r, t, sigma);
@@ -392,7 +413,7 @@ INLINE void backward(const Problem& p, const Stretch& s) {
             dmu = load(grad_weight + i);
             drho = dmu * load(eps + i) * (sigma * sigmoid_over_sigma);
         }
-        if (KL) {
+        if constexpr (KL) {
             prior.move_to(i);
             const Floats scale = sigma * prior.inverse;
             dmu += grad_kl * ((mean - prior.mu) * prior.inverse * prior.inverse);
@@ -401,42 +422,45 @@ INLINE void backward(const Problem& p, const Stretch& s) {
         store(grad_mu + i, dmu);
         store(grad_rho + i, drho);
     }
-    if (weight) flush(p.weight, s, s.first_of_weight, weight);
-    flush(p.grad_mu, s, s.first, grad_mu);
-    flush(p.grad_rho, s, s.first, grad_rho);
+    if (weight) flush(p.weight, piece, weight);
+    flush(p.grad_mu, piece, grad_mu);
+    flush(p.grad_rho, piece, grad_rho);
 }
 
+// A row, or LONGEST columns of one, in two pieces: whole groups, and the rest.
 template <bool KL, bool SCALAR>
-INLINE double forward_of_segment(const Problem& p, int64_t row, int64_t first, int columns) {
+INLINE double forward_in_pieces(const Problem& p, int64_t row, int64_t first_column, int columns) {
     const int whole = columns / GROUP * GROUP, rest = columns - whole;
     double kl = 0.0;
-    if (whole) kl += forward<KL, SCALAR, false>(p, Stretch(p, row, first, whole));
-    if (rest) kl += forward<KL, SCALAR, true>(p, Stretch(p, row, first + whole, rest));
+    if (whole) kl += forward<KL, SCALAR, false>(p, Piece(row, first_column, whole));
+    if (rest) kl += forward<KL, SCALAR, true>(p, Piece(row, first_column + whole, rest));
     return kl;
 }
 
 template <bool KL, bool SCALAR>
-INLINE double backward_of_segment(const Problem& p, int64_t row, int64_t first, int columns) {
+INLINE double backward_in_pieces(const Problem& p, int64_t row, int64_t first_column, int columns) {
     const int whole = columns / GROUP * GROUP, rest = columns - whole;
-    if (whole) backward<KL, SCALAR>(p, Stretch(p, row, first, whole));
-    if (rest) backward<KL, SCALAR>(p, Stretch(p, row, first + whole, rest));
+    if (whole) backward<KL, SCALAR>(p, Piece(row, first_column, whole));
+    if (rest) backward<KL, SCALAR>(p, Piece(row, first_column + whole, rest));
     return 0.0;
 }
 
-double forward_pass(const Problem& p, int64_t row, int64_t first, int columns) {
+constexpr bool WITH_KL = true, WITHOUT_KL = false, SCALAR_PRIOR = true, TENSOR_PRIOR = false;
+
+double forward_pass(const Problem& p, int64_t row, int64_t first_column, int columns) {
     if (p.output == NORMAL || p.output == WORD) {
-        noise_of_stretch(p, Stretch(p, row, first, columns));
+        write_noise(p, Piece(row, first_column, columns));
         return 0.0;
     }
-    if (!p.prior_sigma.data) return forward_of_segment<false, true>(p, row, first, columns);
-    return p.scalar_prior ? forward_of_segment<true, true>(p, row, first, columns)
-                          : forward_of_segment<true, false>(p, row, first, columns);
+    if (!p.prior_sigma.data) return forward_in_pieces<WITHOUT_KL, SCALAR_PRIOR>(p, row, first_column, columns);
+    return p.scalar_prior ? forward_in_pieces<WITH_KL, SCALAR_PRIOR>(p, row, first_column, columns)
+                          : forward_in_pieces<WITH_KL, TENSOR_PRIOR>(p, row, first_column, columns);
 }
 
-double backward_pass(const Problem& p, int64_t row, int64_t first, int columns) {
-    if (!p.grad_kl) return backward_of_segment<false, true>(p, row, first, columns);
-    return p.scalar_prior ? backward_of_segment<true, true>(p, row, first, columns)
-                          : backward_of_segment<true, false>(p, row, first, columns);
+double backward_pass(const Problem& p, int64_t row, int64_t first_column, int columns) {
+    if (!p.grad_kl) return backward_in_pieces<WITHOUT_KL, SCALAR_PRIOR>(p, row, first_column, columns);
+    return p.scalar_prior ? backward_in_pieces<WITH_KL, SCALAR_PRIOR>(p, row, first_column, columns)
+                          : backward_in_pieces<WITH_KL, TENSOR_PRIOR>(p, row, first_column, columns);
 }
 
 }  // namespace isa

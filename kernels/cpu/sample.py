@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedbayes.kernels.cpu.native import DTYPES, Output, Problem, library
+from fusedbayes.kernels.cpu.native import Output, Problem, library
 
 # Bytes from which on a gradient may take large pages.
 LARGE = 1 << 22
@@ -29,11 +29,17 @@ class Key(NamedTuple):
     address: Sequence[int]
 
 
-def make_problem(parameter: Parameter, key: Key | None, *, with_kl: bool, **tensors: Tensor | None) -> Problem:
+def make_problem(
+    parameter: Parameter, key: Key | None, *, with_kl: bool, grad_kl: Tensor | None = None, **tensors: Tensor | None
+) -> Problem:
     """The C++'s view of all rows of a parameter; a vector is one row.
 
     Args:
-        tensors: the other operands by their names in `Problem`, row-major where they are written.
+        parameter: (rows, columns), or a vector; float32 or bfloat16.
+        key: its noise, if any is drawn.
+        with_kl: whether the KL, or its gradient, is computed.
+        grad_kl: 0-d cotangent of the KL.
+        tensors: the other operands by their names in `Problem`, contiguous where they are written.
     """
     mu, rho, prior_mu, prior_sigma = parameter
     rows, columns = mu.shape if mu.dim() == 2 else (1, mu.numel())
@@ -43,12 +49,11 @@ def make_problem(parameter: Parameter, key: Key | None, *, with_kl: bool, **tens
         assert prior_mu is not None
         assert prior_sigma is not None
         problem.scalar_prior = prior_mu.dim() == prior_sigma.dim() == 0
-        # As numbers they are float32; if one of them is a tensor both are.
-        one_type = problem.scalar_prior or not {prior_mu.dtype, prior_sigma.dtype} <= DTYPES
         for name, prior in (("prior_mu", prior_mu), ("prior_sigma", prior_sigma)):
-            prior = prior.float() if one_type else prior
-            tensors[name] = prior if problem.scalar_prior else prior.expand(mu.shape)
+            tensors[name] = prior.float() if problem.scalar_prior else prior.expand(mu.shape)
     problem.set_operands(tensors)
+    if with_kl and grad_kl is not None:
+        problem.set_grad_kl(grad_kl)
     if key is not None:
         problem.set_noise(*key)
     return problem
@@ -123,15 +128,14 @@ def sample_weight_backward(
     parameter = Parameter(mu, rho, prior_mu, prior_sigma)
     key = None if seed is None or grad_weight is None else Key(seed, sample, address)
     grads = new_gradient(mu), new_gradient(rho)
-    with_kl = grad_kl is not None and prior_mu is not None
     problem = make_problem(
         parameter,
         key,
-        with_kl=with_kl,
+        with_kl=grad_kl is not None and prior_mu is not None,
+        grad_kl=grad_kl,
         grad_mu=grads[0],
         grad_rho=grads[1],
         grad_weight=None if key is None else grad_weight,
-        grad_kl=grad_kl.float() if grad_kl is not None and with_kl else None,
     )
     library().backward(problem)
     return grads
