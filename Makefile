@@ -50,15 +50,15 @@ SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -g
 sanitize: .venv/installed
 	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
 	cp -r fusedbayes kernels tests pyproject.toml setup.py README.md LICENSE $(SANITIZED)
-	rm -f $(SANITIZED)/kernels/cpu/*.so
+	rm -f $(SANITIZED)/kernels/cpu/libfused.so.1
 	cd $(SANITIZED) && CFLAGS="$(SANITIZERS)" CXXFLAGS="$(SANITIZERS)" LDFLAGS="$(SANITIZERS)" \
 		../../$(BIN)/python setup.py -q build_ext --inplace
-	nm $(SANITIZED)/kernels/cpu/*.so | grep -q __asan_report
-	nm $(SANITIZED)/kernels/cpu/*.so | grep -q __ubsan_handle
+	nm $(SANITIZED)/kernels/cpu/libfused.so.1 | grep -q __asan_report
+	nm $(SANITIZED)/kernels/cpu/libfused.so.1 | grep -q __ubsan_handle
 	cd $(SANITIZED) && LD_PRELOAD=$$(cc -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
 		../../$(BIN)/python -m pytest tests/test_kernels_cpu.py
 
 FORCE:
 
 clean:
-	rm -rf .venv build *.egg-info kernels/cpu/*.so
+	rm -rf .venv build *.egg-info kernels/cpu/libfused.so.1

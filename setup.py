@@ -8,14 +8,25 @@ import hashlib
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 FOLDER = "kernels/cpu"
 SOURCES = ("fused.cpp", "passes.h")  # fusedbayes.kernels.cpu.native computes the same hash
+LIBRARY = "libfused.so.1"  # and looks for this name
 
 content = b"".join((Path(__file__).parent / FOLDER / name).read_bytes() for name in SOURCES)
 source_hash = int.from_bytes(hashlib.sha256(content).digest()[:4], "big")
 
+
+class BuildLibrary(build_ext):
+    """Builds a library that no Python imports, so without the suffix of one of its extensions."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return str(Path(*fullname.split(".")).with_name(LIBRARY))
+
+
 setup(
+    cmdclass={"build_ext": BuildLibrary},
     ext_modules=[
         Extension(
             "fusedbayes.kernels.cpu._fused",
@@ -34,5 +45,5 @@ setup(
             extra_link_args=["-pthread"],
             optional=True,
         )
-    ]
+    ],
 )

@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from fusedbayes import ELBO, BayesLinear, frozen_sample, kl_loss, predict
+from fusedbayes import ELBO, BayesLinear, frozen_sample, functional, kl_loss, predict
 
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="Inductor needs a C++ compiler"
@@ -219,6 +219,23 @@ def test_torch_func() -> None:
         y, tangent = torch.func.jvp(layer, (x,), (direction,))
         # Sums of six terms of size 1, subtracted.
         torch.testing.assert_close(tangent, layer(x + direction) - y, rtol=1e-5, atol=1e-5)
+
+
+@ignore_torch_jit
+def test_torch_func_within_torch_compile() -> None:
+    """An operator is opaque to a compiled transform as it is to an eager one."""
+    layer = BayesLinear(6, 4)
+    x, direction = torch.randn(3, 6), torch.randn(3, 6)
+
+    def tangent(x: Tensor) -> Tensor:
+        def run(x: Tensor) -> Tensor:
+            return functional.bayes_linear(x, layer.weight_mu, layer.weight_rho, seed=seed)[0]
+
+        return torch.func.jvp(run, (x,), (direction,))[1]
+
+    seed = torch.tensor(3)
+    torch.testing.assert_close(torch.compile(tangent, backend="aot_eager")(x), tangent(x))
+    assert tangent(x).abs().max() > 0
 
 
 @ignore_torch_jit

@@ -329,3 +329,26 @@ def test_threads_of_the_user_do_not_share_a_workspace(small_blocks: None) -> Non
     for worker in workers:
         worker.join()
     assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan, 0.0, -1.0])
+@pytest.mark.parametrize("form", ["scalar", "tensor"])
+def test_a_prior_sigma_that_is_none_is_not_hidden(instruction_set: str, form: str, value: float) -> None:
+    mu = torch.zeros(3, 70)
+    prior_sigma = torch.ones(3, 70) if form == "tensor" else torch.tensor(1.0)
+    prior_sigma.view(-1)[-1] = value
+    assert not ops.weight_kl(mu, mu - 2, torch.tensor(0.0), prior_sigma).isfinite()
+
+
+def test_threads_flush_denormals_if_the_caller_does(threads: None) -> None:
+    torch.set_num_threads(4)
+    mu, rho = torch.full((64, 4096), 1e-40), torch.full((64, 4096), -1e4)
+    arguments = mu, rho, None, None, torch.tensor(1), None, Address(), torch.float32, False
+    ops.sample_weight(*arguments)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("not on this processor")
+    try:
+        first, *others = (ops.sample_weight(*arguments)[0] for _ in range(20))
+    finally:
+        torch.set_flush_denormal(False)
+    assert all(torch.equal(first, other) for other in others)

@@ -53,11 +53,12 @@ def _entry(name: str) -> Callable[..., Any]:
     differentiable, transparent = getattr(autograd, name), getattr(eager, name)
 
     def call(*arguments: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return operator(*arguments)
-        # Neither torch.func nor forward-mode derivatives can look into an operator; into PyTorch they can.
+        # Neither torch.func nor forward-mode derivatives, compiled or not, can look into an operator; into PyTorch they
+        # can.
         if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
             return transparent(*arguments)
+        if torch.compiler.is_compiling():
+            return operator(*arguments)
         # What the operator would do first, without the dispatcher's way there.
         return differentiable(*arguments)
 

@@ -126,6 +126,9 @@ struct Job {
     int64_t pieces_of_a_row, pieces, per_chunk;
     std::vector<double> results;  // one for each chunk, so that their sum does not depend on who worked on which
     std::atomic<int64_t> next{0};
+#if defined(__x86_64__)
+    unsigned float_control = _mm_getcsr();  // torch.set_flush_denormal sets it for the caller alone
+#endif
 
     Job(const Problem& p, Pass pass) : problem(p), pass(pass) {
         pieces_of_a_row = (p.columns + LONGEST - 1) / LONGEST;
@@ -160,7 +163,17 @@ struct Job {
         for (std::thread& thread : started) thread.join();
     }
 
-    static void work_on(void* job) { ((Job*)job)->work(); }
+    // As a thread of a team, which rounds as the caller does: else a result would depend on who computed it.
+    static void work_on(void* job) {
+#if defined(__x86_64__)
+        const unsigned own = _mm_getcsr();
+        _mm_setcsr(((Job*)job)->float_control);
+        ((Job*)job)->work();
+        _mm_setcsr(own);
+#else
+        ((Job*)job)->work();
+#endif
+    }
 
     double run() {
         const int64_t useful = std::min<int64_t>(problem.threads, (int64_t)results.size());

@@ -6,13 +6,13 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import torch
 
 FOLDER = Path(__file__).parent
 SOURCES = ("fused.cpp", "passes.h")
+LIBRARY = "libfused.so.1"  # not a name that Python would take for a module of its own
 
 DTYPES = frozenset((torch.float32, torch.bfloat16))  # floating dtypes that the kernel takes
 
@@ -58,6 +58,9 @@ class Problem(ctypes.Structure):
         """Points at the tensors, whatever their strides; results are contiguous."""
         self.tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
         for name, tensor in self.tensors.items():
+            if tensor.dim() == 2 and tensor.stride(1) > 1:
+                # Column by column, each element would be a cache line of its own.
+                tensor = self.tensors[name] = tensor.contiguous()
             strides = (0, 0, *tensor.stride())[-2:]
             setattr(self, name, (tensor.data_ptr(), _TYPES[tensor.dtype], *strides, 0))
 
@@ -113,29 +116,26 @@ class Library:
         return ctypes.byref(problem)
 
 
-def source_hash() -> int | None:
-    """A hash of the C++ beside this file; None where it is not installed. setup.py compiles the same hash in."""
-    sources = [FOLDER / name for name in SOURCES]
-    if not all(source.exists() for source in sources):
-        return None
-    content = b"".join(source.read_bytes() for source in sources)
+def source_hash() -> int:
+    """A hash of the C++ beside this file, which is installed with it. setup.py compiles the same hash in."""
+    content = b"".join((FOLDER / name).read_bytes() for name in SOURCES)
     return int.from_bytes(hashlib.sha256(content).digest()[:4], "big")
 
 
 @functools.cache
 def load() -> Library | str:
     """The library with the best instruction set of this machine, or why there is none."""
-    paths = [path for suffix in EXTENSION_SUFFIXES if (path := FOLDER / f"_fused{suffix}").exists()]
-    if not paths:
-        return "the C++ extension was not built: pip install with a C++ compiler (g++ or clang++) builds it"
+    path = FOLDER / LIBRARY
+    if not path.exists():
+        return "the C++ library was not built: pip install with a C++ compiler (g++ or clang++) builds it"
     try:
-        functions = ctypes.CDLL(str(paths[0]))
+        functions = ctypes.CDLL(str(path))
     except OSError as error:
-        return f"the C++ extension does not load: {error}"
+        return f"the C++ library does not load: {error}"
     functions.fusedbayes_source_hash.restype = ctypes.c_uint32
+    if functions.fusedbayes_source_hash() != source_hash():
+        return f"{path} was built from other sources: install the package again"
     functions.fusedbayes_problem_size.restype = ctypes.c_int64
-    if source_hash() not in (None, functions.fusedbayes_source_hash()):
-        return f"{paths[0].name} was built from other sources: install the package again"
     assert functions.fusedbayes_problem_size() == ctypes.sizeof(Problem)
     functions.fusedbayes_forward.restype = ctypes.c_double
     functions.fusedbayes_backward.restype = None

@@ -247,7 +247,7 @@ INLINE const float* draw(const Problem& p, const Piece& piece, float* buffer) {
     return buffer + shift;
 }
 
-// The prior at a vector of columns, from numbers or from tensors. A prior_sigma below 2^-126 counts as that.
+// The prior at a vector of columns, from numbers or from tensors. A positive prior_sigma below 2^-126 counts as that.
 template <bool SCALAR>
 struct Prior {
     Floats mu, sigma, inverse;
@@ -268,7 +268,8 @@ struct Prior {
     INLINE void set(Floats new_mu, Floats new_sigma) {
         mu = new_mu;
         sigma = new_sigma < SIGMA_FLOOR ? fill(SIGMA_FLOOR) : new_sigma;
-        inverse = 1.0f / sigma;
+        // A NaN for what is no standard deviation, which a KL must not hide: 0 or less, infinity.
+        inverse = new_sigma > 0.0f ? 1.0f / sigma + (new_sigma - new_sigma) : fill(NAN);
     }
 };
 
