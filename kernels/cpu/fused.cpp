@@ -21,9 +21,6 @@
 #elif defined(__aarch64__)
 #include <arm_neon.h>
 #endif
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #define INLINE inline __attribute__((always_inline))
 
@@ -228,18 +225,6 @@ int64_t fusedbayes_instruction_set() {
     if (avx2) return 1;
 #endif
     return 0;
-}
-
-// Asks for large pages where memory is fresh. Linux hands out and clears 4 KiB at a time else, which for a gradient of
-// 16 MiB takes longer than computing it.
-void fusedbayes_prefer_large_pages(void* memory, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    const uintptr_t page = 2 << 20, begin = (uintptr_t)memory;
-    const uintptr_t first = (begin + page - 1) / page * page, end = (begin + bytes) / page * page;
-    if (first < end) madvise((void*)first, end - first, MADV_HUGEPAGE);
-#else
-    (void)memory, (void)bytes;
-#endif
 }
 
 // Writes what `output` says into `weight`; returns the KL, or 0 without a prior.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fusedbayes.kernels.cpu.native import Output, library
-from fusedbayes.kernels.cpu.sample import Key, Parameter, kl_tensor, make_problem, new_gradient, sample_weight_backward
+from fusedbayes.kernels.cpu.sample import Key, Parameter, kl_tensor, make_problem, sample_weight_backward
 
 # Weights of a block: 4 MiB in fp32, small enough for the cache, large enough for an efficient product.
 BLOCK = 1 << 20
@@ -101,7 +101,7 @@ def bayes_linear_backward(
     key = Key(seed, sample, weight_address)
     parameter = Parameter(weight_mu, weight_rho, weight_prior_mu, weight_prior_sigma)
     if needs_weight:
-        grad_mu, grad_rho = new_gradient(weight_mu), new_gradient(weight_rho)
+        grad_mu, grad_rho = weight_mu.new_empty(N, K), weight_rho.new_empty(N, K)
         # dmu takes the place of dY^T X: the C++ reads an element before it writes it.
         grad_weight = grad_mu if grad_mu.dtype == x.dtype else x.new_empty(N, K)
         problem = make_problem(

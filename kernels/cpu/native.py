@@ -106,10 +106,6 @@ class Library:
         """Writes the gradients, and the weight if it has a place."""
         self.functions.fusedbayes_backward(self._prepared(problem))
 
-    def prefer_large_pages(self, tensor: torch.Tensor) -> None:
-        """Asks the operating system for large pages if the tensor's memory is fresh."""
-        self.functions.fusedbayes_prefer_large_pages(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_int64(tensor.nbytes))
-
     def _prepared(self, problem: Problem) -> "ctypes._CArgObject":
         problem.parallel, problem.threads = self.parallel, torch.get_num_threads()
         problem.instruction_set = INSTRUCTION_SETS.index(self.instruction_set)

@@ -8,9 +8,6 @@ from torch import Tensor
 
 from fusedbayes.kernels.cpu.native import Output, Problem, library
 
-# Bytes from which on a gradient may take large pages.
-LARGE = 1 << 22
-
 
 class Parameter(NamedTuple):
     """A random tensor; its priors may be missing, or single numbers."""
@@ -127,7 +124,7 @@ def sample_weight_backward(
     """dmu and drho."""
     parameter = Parameter(mu, rho, prior_mu, prior_sigma)
     key = None if seed is None or grad_weight is None else Key(seed, sample, address)
-    grads = new_gradient(mu), new_gradient(rho)
+    grads = mu.new_empty(mu.shape), rho.new_empty(rho.shape)
     problem = make_problem(
         parameter,
         key,
@@ -139,14 +136,6 @@ def sample_weight_backward(
     )
     library().backward(problem)
     return grads
-
-
-def new_gradient(parameter: Tensor) -> Tensor:
-    """Memory for the gradient of a parameter."""
-    gradient = parameter.new_empty(parameter.shape)
-    if gradient.nbytes >= LARGE:
-        library().prefer_large_pages(gradient)
-    return gradient
 
 
 def kl_tensor(kl: float, mu: Tensor, with_kl: bool) -> Tensor:
