@@ -87,8 +87,8 @@ def _cpu() -> Backend:
     library = native.load()
     if isinstance(library, str):
         return Backend("reference", library)
-    pool = "torch's OpenMP threads" if library.parallel else "threads of its own"
-    return Backend("native", f"built for this machine: {library.instruction_set}, {torch.get_num_threads()} of {pool}")
+    threads = "of torch's OpenMP runtime" if library.parallel else "of its own"
+    return Backend("native", f"{library.instruction_set}, {torch.get_num_threads()} threads {threads}")
 
 
 def _cuda() -> Backend:
