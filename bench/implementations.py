@@ -20,7 +20,7 @@ from fusedbayes.reference import GaussianParameter
 
 BASELINE = "nn.Linear"
 OURS = "fusedbayes"
-REFERENCE = "PyTorch eager"
+REFERENCE = "reference, eager"
 PEERS = ("bayesian-torch", "torchbnn", "blitz-bayesian-pytorch")  # the libraries' packages
 SIGMA_INIT = 0.1  # of the prior's sigma, 1 / sqrt(in_features), for every implementation
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import LogLocator
 
 from bench.cases import GROUPS
 from bench.implementations import BASELINE, OURS, REFERENCE
@@ -119,8 +119,9 @@ def draw_ratios(records: list[Record], out: Path) -> list[Path]:
         axes.axvline(1.0, color="0.6", linestyle="--", label=BASELINE)
         axes.set_yticks(range(len(rows)), list(rows))
         axes.set(xscale="log", xlabel="time relative to nn.Linear", title=group)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter(LogFormatter())
+        axes.minorticks_off()
         axes.invert_yaxis()
         figure.legend(loc="outside lower center", ncols=4)
         paths.append(_save(figure, out / f"ratios-{slug(group)}.png"))
@@ -155,6 +156,7 @@ def draw_over_rows(records: list[Record], out: Path) -> list[Path]:
                         axes.loglog(*columns, marker="o", label=name, color=COLORS[name], linewidth=width)
                 axes.set(xlabel="batch rows", ylabel="time (ms)", title=f"{network}, {group}, {precision}")
                 axes.set_xticks(networks[network], [str(rows) for rows in networks[network]], minor=False)
+                axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
                 axes.yaxis.set_major_formatter("{x:g}")
                 axes.minorticks_off()
             handles, labels = panels[0][0].get_legend_handles_labels()
