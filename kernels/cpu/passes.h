@@ -292,7 +292,7 @@ INLINE Floats logarithm_of_ratio(const Product& a, const Product& b) {
     return powers * LN_2 + (logarithm(a.mantissas) - logarithm(b.mantissas));
 }
 
-// The KL of a stretch, lane by lane: squares, less the 1 that they are where posterior and prior are the same, and
+// The KL of a piece, lane by lane: squares, less the 1 that they are where posterior and prior are the same, and
 // logarithms of sigma / s0, of all vectors of a group at once. One that sticks out of the row counts as the prior there.
 template <bool SCALAR, bool TAIL>
 struct KlSum {
