@@ -101,7 +101,7 @@ class ELBO(nn.Module):
             nll = self._mean_nll(x, y)
         for _ in range(self.num_samples - 1):
             nll = nll + self._mean_nll(x, y)
-        nll = nll / self.num_samples if self.num_samples > 1 else nll
+        nll = nll / self.num_samples
         kl = kl_of_forward()
         return ElboOutput(nll + (self._current_kl_weight() / self.num_data) * kl, nll, kl)
 
@@ -110,7 +110,7 @@ class ELBO(nn.Module):
         if not isinstance(nll, Tensor):
             raise TypeError(f"nll must return a tensor, got {describe(nll)}")
         # In fp32 or better: a sum of many half-precision terms would stand still.
-        return nll.mean(dtype=compute_dtype(nll)) if nll.dim() else nll.to(compute_dtype(nll))
+        return nll.mean(dtype=compute_dtype(nll))
 
     def _current_kl_weight(self) -> float:
         if not callable(self.kl_weight):
@@ -150,20 +150,20 @@ def _fused_kl(model: nn.Module) -> Iterator[Callable[[], Tensor]]:
                 kls += [layer.kl_of(name) for name in names]
         return _sum(kls, model)
 
-    # Into __dict__: a module's own way of setting attributes is for parameters, and slow.
     for layer in fused:
-        vars(layer)["_kl_wanted"] = True
+        layer._kl_wanted = True
     try:
         yield total
     finally:
         for layer in fused:
             results[layer] = layer._kl_of_forward
-            vars(layer).update(_kl_wanted=False, _kl_of_forward=None)
+            layer._kl_wanted = False
+            layer._kl_of_forward = None
 
 
 def _is_current(result: FusedKL, layer: BayesModule) -> bool:
     """Whether the KL is of the layer's present parameters, and differentiable in those that want a gradient."""
-    present = [getattr(layer, f"{name}_{part}") for name in layer.names() for part in ("mu", "rho")]
+    present = [tensor for name in layer.names() for tensor in layer.gaussian(name)[:2]]
     if any(then is not now for then, now in zip(result.parameters, present, strict=True)):
         return False
     wanted = [tensor.requires_grad and torch.is_grad_enabled() for tensor in present]
@@ -175,7 +175,5 @@ def _sum(kls: list[Tensor], model: nn.Module) -> Tensor:
     if not kls:
         anchor = next(model.parameters(), torch.empty(0))
         return torch.zeros((), device=anchor.device)
-    if len(kls) == 1:
-        return kls[0]
     # Layers may lie on several devices: the sum goes where the first of them is.
     return torch.stack([kl.to(kls[0].device) for kl in kls]).sum()

@@ -104,7 +104,7 @@ class BayesModule(nn.Module):
 
     def gaussian(self, name: str) -> GaussianParameter:
         """mu, rho, prior_mu and prior_sigma of the random tensor `name`."""
-        return GaussianParameter(*[getattr(self, f"{name}_{part}") for part in GaussianParameter._fields])
+        return GaussianParameter(*(getattr(self, f"{name}_{part}") for part in GaussianParameter._fields))
 
     def kl_loss(self) -> Tensor:
         """KL of the posterior from the prior, summed over the layer's parameters; see `fusedbayes.kl_loss`.

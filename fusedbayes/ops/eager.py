@@ -115,16 +115,15 @@ def bayes_linear_backward(
     if needs_x:
         noise = (seed, _or_zero(sample), Address(*weight_address))
         grad_x = grad_y @ reference.sample_weight(weight_mu, weight_rho, *noise, grad_y.dtype)
-    if not needs_weight:
-        absent = [weight_mu.new_empty(0) for _ in range(4)]
-        return grad_x, absent[0], absent[1], absent[2], absent[3]
-    weight = (weight_mu, weight_rho, weight_prior_mu, weight_prior_sigma)
-    grads = sample_weight_backward(grad_y.t() @ x, grad_kl, *weight, seed, sample, weight_address)
-    if bias_mu is None or bias_rho is None:
-        return grad_x, *grads, weight_mu.new_empty(0), weight_mu.new_empty(0)
-    grad_bias = grad_y.sum(0, dtype=compute_dtype(grad_y))
-    bias = (bias_mu, bias_rho, bias_prior_mu, bias_prior_sigma)
-    return grad_x, *grads, *sample_weight_backward(grad_bias, grad_kl, *bias, seed, sample, bias_address)
+    grads, bias_grads = ((weight_mu.new_empty(0), weight_mu.new_empty(0)) for _ in range(2))
+    if needs_weight:
+        weight = (weight_mu, weight_rho, weight_prior_mu, weight_prior_sigma)
+        grads = sample_weight_backward(grad_y.t() @ x, grad_kl, *weight, seed, sample, weight_address)
+    if needs_weight and bias_mu is not None and bias_rho is not None:
+        grad_bias = grad_y.sum(0, dtype=compute_dtype(grad_y))
+        bias = (bias_mu, bias_rho, bias_prior_mu, bias_prior_sigma)
+        bias_grads = sample_weight_backward(grad_bias, grad_kl, *bias, seed, sample, bias_address)
+    return grad_x, *grads, *bias_grads
 
 
 def _no_kl(mu: Tensor) -> Tensor:

@@ -99,10 +99,10 @@ TARGET_BEGIN("avx2,fma")
 #undef isa
 TARGET_END
 
-#endif
-
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic pop
+#endif
+
 #endif
 
 #define isa portable

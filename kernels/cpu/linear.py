@@ -105,17 +105,11 @@ def bayes_linear_backward(
         # dmu takes the place of dY^T X: the C++ reads an element before it writes it.
         grad_weight = grad_mu if grad_mu.dtype == x.dtype else x.new_empty(N, K)
         problem = make_problem(
-            parameter,
-            key,
-            with_kl=grad_kl is not None and weight_prior_mu is not None,
-            grad_kl=grad_kl,
-            grad_mu=grad_mu,
-            grad_rho=grad_rho,
-            grad_weight=grad_weight,
+            parameter, key, grad_kl=grad_kl, grad_mu=grad_mu, grad_rho=grad_rho, grad_weight=grad_weight
         )
     else:
         grad_mu, grad_rho = weight_mu.new_empty(0), weight_rho.new_empty(0)
-        problem = make_problem(parameter, key, with_kl=False)
+        problem = make_problem(parameter, key)
     # Sums of many blocks' dY W must not be rounded to 16 bits in between: one block then.
     for rows in _blocks(N, K) if grad_y.dtype == torch.float32 else (slice(0, N),):
         weight = _workspace.block(rows.stop - rows.start, K, grad_y.dtype) if needs_x else None

@@ -127,9 +127,8 @@ INLINE void box_muller(Words radius_word, Words angle_word, Floats& z0, Floats& 
     const Floats u = __builtin_convertvector(radius_word, Floats) * 0x1p-32f + 0x1p-33f;
     const Floats radius = square_root(-2.0f * logarithm(u));
     // theta = quarter pi / 2 + pi f with |f| <= 1/4; integers, so f is exact until it becomes a float.
-    const Ints angle = (Ints)angle_word;
-    const Ints quarter = (Ints)((angle_word + 0x20000000u)) >> 30;
-    const Floats f = __builtin_convertvector((Ints)((Words)angle - ((Words)quarter << 30)), Floats) * 0x1p-31f;
+    const Ints quarter = (Ints)(angle_word + 0x20000000u) >> 30;
+    const Floats f = __builtin_convertvector((Ints)(angle_word - ((Words)quarter << 30)), Floats) * 0x1p-31f;
     const Floats square = f * f;
     Floats sine = square * -0.5878130032902308f + 2.549628895227317f;  // sin(pi f) / f, error of the sine 1.2e-9
     sine = sine * square - 5.167703505345169f;

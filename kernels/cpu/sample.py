@@ -27,29 +27,35 @@ class Key(NamedTuple):
 
 
 def make_problem(
-    parameter: Parameter, key: Key | None, *, with_kl: bool, grad_kl: Tensor | None = None, **tensors: Tensor | None
+    parameter: Parameter,
+    key: Key | None,
+    *,
+    with_kl: bool = False,
+    grad_kl: Tensor | None = None,
+    **tensors: Tensor | None,
 ) -> Problem:
     """The C++'s view of all rows of a parameter; a vector is one row.
 
     Args:
         parameter: (rows, columns), or a vector; float32 or bfloat16.
         key: its noise, if any is drawn.
-        with_kl: whether the KL, or its gradient, is computed.
-        grad_kl: 0-d cotangent of the KL.
+        with_kl: whether the KL is computed.
+        grad_kl: 0-d cotangent of the KL, whose gradient is computed if there is a prior.
         tensors: the other operands by their names in `Problem`, contiguous where they are written.
     """
     mu, rho, prior_mu, prior_sigma = parameter
     rows, columns = mu.shape if mu.dim() == 2 else (1, mu.numel())
     problem = Problem(rows=rows, columns=columns)
     tensors |= {"mu": mu, "rho": rho}
-    if with_kl:
+    with_gradient = grad_kl is not None and prior_mu is not None
+    if with_kl or with_gradient:
         assert prior_mu is not None
         assert prior_sigma is not None
         problem.scalar_prior = prior_mu.dim() == prior_sigma.dim() == 0
         for name, prior in (("prior_mu", prior_mu), ("prior_sigma", prior_sigma)):
             tensors[name] = prior.float() if problem.scalar_prior else prior.expand(mu.shape)
     problem.set_operands(tensors)
-    if with_kl and grad_kl is not None:
+    if grad_kl is not None and with_gradient:
         problem.set_grad_kl(grad_kl)
     if key is not None:
         problem.set_noise(*key)
@@ -99,7 +105,7 @@ def words(shape: tuple[int, int], seed: Tensor, sample: Tensor | None, address: 
 
 def _noise(out: Tensor, kind: Output, key: Key) -> Tensor:
     # Neither mean nor deviation is read.
-    problem = make_problem(Parameter(out, out, None, None), key, with_kl=False, weight=out)
+    problem = make_problem(Parameter(out, out, None, None), key, weight=out)
     library().forward(problem, kind)
     return out
 
@@ -128,7 +134,6 @@ def sample_weight_backward(
     problem = make_problem(
         parameter,
         key,
-        with_kl=grad_kl is not None and prior_mu is not None,
         grad_kl=grad_kl,
         grad_mu=grads[0],
         grad_rho=grads[1],
