@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from fusedbayes import ops, reference
-from fusedbayes.checks import check_number, describe
+from fusedbayes.checks import check_count, check_number, describe
 from fusedbayes.noise import Address, Role, as_sample, as_seed, check_coordinates, draw_seed
+from fusedbayes.reference import ESTIMATORS, Estimator
 
 Prior = tuple[float | Tensor, float | Tensor]
 
@@ -148,12 +149,25 @@ def bayes_linear(
     sample: int | Tensor | None = None,
     weight_address: Address = Address(Role.WEIGHT),
     bias_address: Address = Address(Role.BIAS),
+    num_samples: int = 1,
+    estimator: Estimator = "shared",
 ) -> tuple[Tensor, Tensor | None]:
-    """Y = x W^T + b with one W ~ N(weight_mu, softplus(weight_rho)^2) and b for the whole batch, and their KL.
+    """Y = x W^T + b with W ~ N(weight_mu, softplus(weight_rho)^2), likewise b, and the KL of both.
 
-    The "shared" estimator of Blundell et al., "Weight uncertainty in neural networks", ICML 2015, equations 1 to 4.
-    Nothing but the arguments and the seed is kept for the backward pass. Under autocast x is cast to autocast's dtype
-    and so is the sample, while the parameters, sampling and KL stay in their own precision.
+    Estimators (docs/estimators.md says which to choose when):
+
+    - "shared": one W and b for the whole batch (Blundell et al., "Weight uncertainty in neural networks", ICML 2015,
+      equations 1 to 4).
+    - "local": each row's outputs are drawn from their distribution, y = x mu^T + b_mu + sqrt(x^2 (sigma^2)^T +
+      sigma_b^2) * zeta (Kingma, Salimans and Welling, "Variational dropout and the local reparameterization trick",
+      NeurIPS 2015, equation 6).
+    - "flipout": one W, decorrelated between the rows by random signs r and s, y = x mu^T + ((x * r) (sigma eps)^T) * s
+      + b (Wen et al., "Flipout: efficient pseudo-independent weight perturbations on mini-batches", ICLR 2018,
+      equation 4).
+
+    Nothing but the arguments and the seed is kept for the backward pass, and for "local" one number of x's dtype for
+    each output. Under autocast x is cast to autocast's dtype and so is the sample, while the parameters, sampling and KL
+    stay in their own precision.
 
     Args:
         x: (..., in_features), any leading dimensions, dtype of the parameters.
@@ -165,7 +179,12 @@ def bayes_linear(
         with_kl: False leaves the KL out although there is a prior (default True).
         seed: an int or a 0-d int64 tensor; default a fresh one from torch's generator.
         sample: index of the Monte Carlo sample, an int in [0, 2**32) or a 0-d int64 tensor; default 0.
-        weight_address, bias_address: stream and shard offsets of the noise.
+        weight_address, bias_address: stream and shard offsets of the noise. zeta, r and s have the weight's stream plus
+            2, 3 and 4, the row of x within its sample, and the weight's row or column.
+        num_samples: Monte Carlo samples (default 1): the first dimension of x holds as many batches one after another,
+            of which number s, from 0 on, is drawn as if it came alone with index `sample` + s. mu and rho are read
+            once for all.
+        estimator: "shared" (default), "local" or "flipout".
 
     Returns:
         (y, kl): y of shape (..., out_features) and x's dtype; kl, the sum over weight and bias, 0-d float32 (float64
@@ -173,8 +192,8 @@ def bayes_linear(
 
     Raises:
         TypeError: an argument is not of a type given above, or dtypes differ.
-        ValueError: shapes or devices do not fit, prior_sigma as a number is not positive, or an address is out of
-            range.
+        ValueError: shapes or devices do not fit, prior_sigma as a number is not positive, an address is out of range,
+            the estimator is none of those, or num_samples does not divide the first dimension of x.
     """
     x = check_linear(x, weight_mu, weight_rho, bias_mu, bias_rho)
     if weight_prior is not None and (bias_prior is None) != (bias_mu is None):
@@ -184,6 +203,12 @@ def bayes_linear(
     _check_address(weight_address, "weight_address", *weight_mu.shape)
     if bias_mu is not None:
         _check_address(bias_address, "bias_address", 1, bias_mu.numel())
+    check_estimator(estimator)
+    if num_samples != 1:
+        _check_samples(num_samples, x)
+    if estimator != "shared":
+        # The streams of zeta, r and s.
+        check_coordinates(0, 0, stream=weight_address.stream + Role.FLIPOUT_OUTPUT)
     weight_priors = (None, None) if weight_prior is None else _fused_prior(weight_mu, weight_prior, "weight_")
     bias_priors: tuple[Tensor | None, Tensor | None] = (None, None)
     if bias_mu is not None and bias_prior is not None:
@@ -193,7 +218,7 @@ def bayes_linear(
     noise = (*_seed_and_sample(seed, sample, x.device), weight_address, bias_address)
     # A matrix goes through as it is: views cost as much as a small layer, forward and backward.
     rows = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    y, kl = ops.bayes_linear(rows, *weight, *bias, *noise, with_kl)
+    y, kl, _ = ops.bayes_linear(rows, *weight, *bias, *noise, num_samples, estimator, with_kl)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight_mu.shape[0]), kl if with_kl else None
 
 
@@ -203,6 +228,21 @@ def _seed_and_sample(
     """Seed and sample as the operators take them. The last thing to do: a call that raises has drawn no seed."""
     sample = None if sample is None else as_sample(sample, device)
     return draw_seed(device) if seed is None else as_seed(seed, device), sample
+
+
+def check_estimator(estimator: str) -> None:
+    """Raises ValueError unless there is such an estimator."""
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"estimator must be one of {', '.join(map(repr, ESTIMATORS))}, got {estimator!r}")
+
+
+def _check_samples(num_samples: int, x: Tensor) -> None:
+    check_count(num_samples, "num_samples")
+    if x.dim() < 2 or x.shape[0] % num_samples != 0:
+        raise ValueError(
+            f"num_samples is {num_samples}, so the first dimension of x must hold {num_samples} batches one after another: "
+            f"a multiple of {num_samples} rows, got shape {tuple(x.shape)}"
+        )
 
 
 def _matrix(tensor: Tensor) -> Tensor:

@@ -202,6 +202,36 @@ def normal(
     return (blocks[0] if len(blocks) == 1 else torch.cat(blocks))[:, shift : shift + columns]
 
 
+def signs(
+    seed: int | Tensor,
+    rows: int,
+    columns: int,
+    *,
+    sample: int | Tensor = 0,
+    stream: int = 0,
+    row_offset: int = 0,
+    column_offset: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Draws the random signs of a (rows, columns) block of a larger tensor: +1 or -1, each with probability 1/2.
+
+    The sign of column c is bit ``c % 32`` of word ``(c // 32) % 4`` at the counter ``(c // 128, row, sample, stream)``,
+    -1 where it is set. Arguments and errors as `normal`, for any floating `dtype`.
+    """
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating-point dtype, got {dtype}")
+    check_coordinates(rows, columns, stream=stream, row_offset=row_offset, column_offset=column_offset)
+    seed = as_seed(seed, device)
+    first, end = column_offset // 128, -(-(column_offset + columns) // 128)
+    counters = torch.arange(first, end, device=seed.device)[None, :]
+    block_rows = torch.arange(row_offset, row_offset + rows, device=seed.device)[:, None]
+    words = torch.stack(philox_words(seed, counters, block_rows, sample, stream), -1)  # (rows, counters, 4)
+    bits = (words[..., None] >> torch.arange(32, device=seed.device)) & 1
+    shift = column_offset - 128 * first
+    return (1 - 2 * bits).to(dtype).reshape(rows, -1)[:, shift : shift + columns]
+
+
 def check_coordinates(
     rows: int,
     columns: int,

@@ -16,14 +16,8 @@ def _load(bias, outputs, exist):
 
 
 @triton.jit
-def sample_bias(
-    bias,  # a `Gaussian` (N,)
-    noise,  # of one row, at the columns of the outputs
-    outputs,  # (R,)
-    N,
-    WITH_KL: tl.constexpr,
-):
-    """b = mu + sigma eps at `outputs`, fp32, and the sum of their KL."""
+def bias_moments(bias, outputs, N, WITH_KL: tl.constexpr):
+    """mu and sigma of a `Gaussian` (N,) at `outputs` (R,), fp32, and the sum of their KL."""
     exist = outputs < N
     mu, rho = _load(bias, outputs, exist)
     sigma = sigma_from_rho(rho)
@@ -36,7 +30,31 @@ def sample_bias(
         logarithms = tl.sum(tl.where(exist, logarithm - centres[0], 0.0))
         squares = tl.sum(tl.where(exist, scale * scale + shift * shift - centres[1], 0.0))
         kl = kl_from_sums(logarithms, squares, centres)
-    return mu + sigma * normal_vector(*noise), kl
+    return mu, sigma, kl
+
+
+@triton.jit
+def bias_term(
+    bias,  # a `Gaussian` (N,)
+    noise,  # of one row, at the columns of the outputs
+    outputs,  # (R,)
+    N,
+    PRODUCT: tl.constexpr,
+    ESTIMATOR: tl.constexpr,
+    DTYPE: tl.constexpr,
+    WITH_KL: tl.constexpr,
+):
+    """What the bias adds to an estimator's product of this number, fp32, and the sum of its KL."""
+    mu, sigma, kl = bias_moments(bias, outputs, N, WITH_KL)
+    if ESTIMATOR == "local":
+        term = mu.to(DTYPE).to(tl.float32)
+        if PRODUCT == 1:
+            term = sigma * sigma
+    else:
+        term = (mu + sigma * normal_vector(*noise)).to(DTYPE).to(tl.float32)
+        if ESTIMATOR == "flipout" and PRODUCT == 1:
+            term = tl.zeros_like(term)
+    return term, kl
 
 
 @triton.jit

@@ -8,7 +8,10 @@ import triton.language as tl
 from torch import Tensor
 
 # Fresh values of these must not compile a fresh kernel. Triton does not look for them inside a tuple.
-NOT_SPECIALIZED = ["row_offset", "quad_offset", "stream", "bias_row", "bias_column", "bias_stream", "tiles_per_split"]
+NOT_SPECIALIZED = [
+    *("row_offset", "row_quad", "quad_offset", "stream"),
+    *("bias_row", "bias_column", "bias_stream", "tiles_per_split"),
+]
 
 # mu, rho, prior_mu, prior_sigma; the priors may be missing, or single numbers.
 Parameter = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
@@ -48,3 +51,11 @@ def dot_options(tensor: Tensor) -> dict[str, Any]:
     # the exact products are formed in fp32.
     dtype = names[tensor.dtype] if tensor.is_cuda else tl.float32
     return {"DOT_DTYPE": dtype, "INPUT_PRECISION": "tf32" if allow_tf32() else "ieee"}
+
+
+def sample_after(key: tuple[Tensor, Tensor | None], index: int) -> Tensor | None:
+    """The Monte Carlo sample that comes so many after the key's."""
+    seed, sample = key
+    if index == 0:
+        return sample
+    return seed.new_full((), index) if sample is None else sample + index

@@ -116,3 +116,16 @@ def multiply_wide(a, b: tl.constexpr):
     else:
         product = a.to(tl.uint64) * b
     return (product >> 32).to(tl.uint32), product.to(tl.uint32)
+
+
+@triton.jit
+def anew(x, step):
+    """x mod 2^32, and what is computed from it is computed anew in each step of a loop.
+
+    As a function of `step` to the compiler, which would compute it before the loop and hold it in registers.
+    """
+    x = x.to(tl.uint32)
+    if fast():
+        asm: tl.constexpr = "mov.u32 $0, $1; // $2"
+        x = tl.inline_asm_elementwise(asm, "=r,r,r", [x, step], tl.uint32, is_pure=True, pack=1)
+    return x

@@ -11,6 +11,7 @@ from torch import Tensor
 from fusedbayes import kernels
 from fusedbayes.kernels import MatmulConfig
 from fusedbayes.noise import Address
+from fusedbayes.reference import Estimator
 
 DTYPES = [
     pytest.param(torch.float32, id="fp32"),
@@ -48,9 +49,12 @@ class Problem(NamedTuple):
     sample: Tensor | None
     weight_address: Address
     bias_address: Address
+    num_samples: int
+    estimator: Estimator
     with_kl: bool
     grad_y: Tensor
     grad_kl: Tensor | None
+    slope: Tensor  # what the forward pass keeps
 
     @property
     def noise(self) -> tuple[Tensor, Tensor | None, Address]:
@@ -60,7 +64,11 @@ class Problem(NamedTuple):
     @property
     def forward(self) -> tuple[Any, ...]:
         """Arguments of bayes_linear."""
-        return (self.x, *self.weight, *self.bias, *self.noise, self.bias_address, self.with_kl)
+        return (self.x, *self.weight, *self.bias, *self.noise, *self._how, self.with_kl)
+
+    @property
+    def _how(self) -> tuple[Any, ...]:
+        return self.bias_address, self.num_samples, self.estimator
 
     def sample_weight(self, dtype: torch.dtype) -> tuple[Any, ...]:
         """Arguments of sample_weight."""
@@ -74,12 +82,12 @@ class Problem(NamedTuple):
     @property
     def backward_input(self) -> tuple[Any, ...]:
         """Arguments of the launcher of dX."""
-        return (self.grad_y, *self.weight[:2], *self.noise)
+        return (self.grad_y, self.x, *self.weight[:2], *self.noise, self.num_samples, self.estimator)
 
     @property
     def backward_weight(self) -> tuple[Any, ...]:
         """Arguments of the launcher of dmu and drho."""
-        return (self.grad_y, self.grad_kl, self.x, *self.weight, *self.bias, *self.noise, self.bias_address)
+        return (self.grad_y, self.grad_kl, self.slope, self.x, *self.weight, *self.bias, *self.noise, *self._how)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Problem":
         """The problem with `function` applied to each floating tensor."""
@@ -112,8 +120,10 @@ def make_problem(
     sample: int | None = 2,
     weight_address: Address = Address(8),
     bias_address: Address = Address(9),
+    num_samples: int = 1,
+    estimator: Estimator = "shared",
 ) -> Problem:
-    """Numbers of order one for (M, N, K) batch rows, outputs and inputs; sigma is about 0.15.
+    """Numbers of order one for (M, N, K) batch rows of a sample, outputs and inputs; sigma is about 0.15.
 
     Args:
         dtype: of x and grad_y.
@@ -122,9 +132,9 @@ def make_problem(
         with_kl: whether the KL is computed, if there is a prior.
         sample: index of the Monte Carlo sample; None is the operators' shorthand for 0.
     """
-    M, N, K = shape
+    M, N, K = num_samples * shape[0], *shape[1:]
     with_kl = with_kl and prior != "none"
-    return Problem(
+    problem = Problem(
         x=torch.randn(M, K, dtype=dtype),
         weight=make_parameter((N, K), parameter_dtype, prior),
         bias=make_parameter((N,), parameter_dtype, prior) if bias else (None,) * 4,
@@ -132,10 +142,15 @@ def make_problem(
         sample=None if sample is None else torch.tensor(sample),
         weight_address=weight_address,
         bias_address=bias_address,
+        num_samples=num_samples,
+        estimator=estimator,
         with_kl=with_kl,
         grad_y=torch.randn(M, N, dtype=dtype),
         grad_kl=torch.tensor(0.3, dtype=torch.promote_types(parameter_dtype, torch.float32)) if with_kl else None,
+        slope=torch.empty(0, dtype=dtype),
     )
+    *_, slope = torch.ops.fusedbayes.bayes_linear(*problem.exact().forward)
+    return problem._replace(slope=slope.to(dtype))
 
 
 def make_parameter(shape: tuple[int, ...], dtype: torch.dtype, prior: str) -> Parameter:
@@ -168,9 +183,9 @@ def assert_kl_close(actual: Tensor, expected: Tensor, *, weights: int) -> None:
 
 def check_bayes_linear(problem: Problem, config: MatmulConfig | None, device: str) -> None:
     """Compares y and KL of the launcher, run on `device`, with the operator in double precision."""
-    y, kl = kernels.bayes_linear(*problem.to(device).forward, config=config)
-    expected_y, expected_kl = torch.ops.fusedbayes.bayes_linear(*problem.exact().forward)
-    assert y.dtype == problem.x.dtype
+    y, kl, slope = kernels.bayes_linear(*problem.to(device).forward, config=config)
+    expected_y, expected_kl, expected_slope = torch.ops.fusedbayes.bayes_linear(*problem.exact().forward)
+    assert y.dtype == slope.dtype == problem.x.dtype
     # One more term for the bias.
     assert_close(y, expected_y, terms=problem.x.shape[1] + 1, operands=y.dtype)
     if problem.with_kl:
