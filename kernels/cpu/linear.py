@@ -60,15 +60,14 @@ def bayes_linear(
     if bias_mu is not None and bias_rho is not None:
         bias = x.new_empty(N)
         parameter = Parameter(bias_mu, bias_rho, bias_prior_mu, bias_prior_sigma)
-        problem = make_problem(parameter, Key(seed, sample, bias_address), with_kl=with_kl, weight=bias)
-        kl = library().forward(problem, Output.WEIGHT)
+        problem = make_problem(parameter, Key(seed, sample, bias_address), with_kl=with_kl)
+        kl = library().forward(problem, Output.WEIGHT, bias)
     parameter = Parameter(weight_mu, weight_rho, weight_prior_mu, weight_prior_sigma)
     problem = make_problem(parameter, Key(seed, sample, weight_address), with_kl=with_kl)
     y = x.new_empty(x.shape[0], N)
     for rows in _blocks(N, K):
         weight = _workspace.block(rows.stop - rows.start, K, x.dtype)
-        problem.select(rows, weight)
-        kl += library().forward(problem, Output.WEIGHT)
+        kl += library().forward(problem, Output.WEIGHT, weight, rows)
         if bias is None:
             torch.mm(x, weight.t(), out=y[:, rows])
         else:
@@ -105,7 +104,7 @@ def bayes_linear_backward(
         # dmu takes the place of dY^T X: the C++ reads an element before it writes it.
         grad_weight = grad_mu if grad_mu.dtype == x.dtype else x.new_empty(N, K)
         problem = make_problem(
-            parameter, key, grad_kl=grad_kl, grad_mu=grad_mu, grad_rho=grad_rho, grad_weight=grad_weight
+            parameter, key, grad_kl=grad_kl, grad_weight=grad_weight, grad_mu=grad_mu, grad_rho=grad_rho
         )
     else:
         grad_mu, grad_rho = weight_mu.new_empty(0), weight_rho.new_empty(0)
@@ -113,12 +112,11 @@ def bayes_linear_backward(
     # Sums of many blocks' dY W must not be rounded to 16 bits in between: one block then.
     for rows in _blocks(N, K) if grad_y.dtype == torch.float32 else (slice(0, N),):
         weight = _workspace.block(rows.stop - rows.start, K, grad_y.dtype) if needs_x else None
-        problem.select(rows, weight)
         if needs_weight:
             torch.mm(grad_y[:, rows].t(), x, out=grad_weight[rows])
-            library().backward(problem)
+            library().backward(problem, weight, rows)
         elif weight is not None:
-            library().forward(problem, Output.WEIGHT)
+            library().forward(problem, Output.WEIGHT, weight, rows)
         if weight is not None:
             grad_x.addmm_(grad_y[:, rows], weight)
     if not needs_weight or bias_mu is None or bias_rho is None:
