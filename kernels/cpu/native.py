@@ -56,8 +56,9 @@ def operand(tensor: torch.Tensor | None, first_row: int = 0) -> tuple[int, ...]:
     """The words of an `Operand` of fused.cpp: a matrix, a vector as one row, or a number that fills it."""
     if tensor is None:
         return ABSENT
-    row_stride, column_stride = (0, 0, *tensor.stride())[-2:]
-    return tensor.data_ptr(), _TYPES[tensor.dtype], row_stride, column_stride, first_row
+    strides = tensor.stride()
+    row_and_column = strides if len(strides) == 2 else (0, *strides) if strides else (0, 0)
+    return tensor.data_ptr(), _TYPES[tensor.dtype], *row_and_column, first_row
 
 
 @dataclass(frozen=True)

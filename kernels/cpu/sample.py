@@ -75,7 +75,7 @@ def _address(tensor: Tensor | None) -> int:
 
 def _by_rows(tensor: Tensor) -> Tensor:
     """The tensor, or its copy: column by column, each element would be a cache line of its own."""
-    return tensor.contiguous() if tensor.dim() == 2 and tensor.stride(1) > 1 else tensor
+    return tensor if tensor.is_contiguous() or tensor.dim() < 2 or tensor.stride(1) <= 1 else tensor.contiguous()
 
 
 def sample_weight(
