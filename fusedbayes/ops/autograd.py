@@ -9,15 +9,23 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fusedbayes.ops import eager
+from fusedbayes.ops import cpu, eager
 from fusedbayes.reference import compute_dtype
 
 DIFFERENTIABLE = ("sample_weight", "weight_kl", "bayes_linear")
+BACKWARD = ("sample_weight_backward", "bayes_linear_backward")
+_CPU = {name: cpu.implementation(name) for name in DIFFERENTIABLE + BACKWARD}
+
+
+def _call(name: str, *arguments: Any) -> Any:
+    if cpu.is_next(arguments):
+        return _CPU[name](*arguments)
+    return getattr(torch.ops.fusedbayes, name).default(*arguments)
 
 
 def _below_autograd(name: str, *arguments: Any) -> Any:
     with torch._C._AutoDispatchBelowAutograd():
-        return getattr(torch.ops.fusedbayes, name).default(*arguments)
+        return _call(name, *arguments)
 
 
 def _dispatch(function: type["_Operator"], *arguments: Any) -> Any:
@@ -74,7 +82,7 @@ class _SampleWeight(_Operator):
         if torch.is_grad_enabled():
             return _Operator.differentiable_backward(ctx, _SampleWeight.name, grad_weight, grad_kl)
         address, *_ = ctx.rest
-        grads = torch.ops.fusedbayes.sample_weight_backward.default(grad_weight, grad_kl, *ctx.saved_tensors, address)
+        grads = _call("sample_weight_backward", grad_weight, grad_kl, *ctx.saved_tensors, address)
         return *grads, *[None] * 7
 
 
@@ -90,7 +98,7 @@ class _WeightKL(_Operator):
         if torch.is_grad_enabled():
             return _Operator.differentiable_backward(ctx, _WeightKL.name, grad_kl)
         noise = (None, None, (0, 0, 0))
-        grads = torch.ops.fusedbayes.sample_weight_backward.default(None, grad_kl, *ctx.saved_tensors, *noise)
+        grads = _call("sample_weight_backward", None, grad_kl, *ctx.saved_tensors, *noise)
         return *grads, None, None
 
 
@@ -108,7 +116,6 @@ class _BayesLinear(_Operator):
     def backward(ctx: Any, grad_y: Tensor | None, grad_kl: Tensor | None) -> Any:
         if torch.is_grad_enabled():
             return _Operator.differentiable_backward(ctx, _BayesLinear.name, grad_y, grad_kl)
-        ops = torch.ops.fusedbayes
         x, *parameters, seed, sample = ctx.saved_tensors
         weight, bias = parameters[:4], parameters[4:]
         weight_address, bias_address, _ = ctx.rest
@@ -120,16 +127,16 @@ class _BayesLinear(_Operator):
             # A bias comes along with the weight.
             bias_or_none = bias if needs_bias else (None,) * 4
             noises, needs = (seed, sample, weight_address, bias_address), (needs_x, needs_weight)
-            grads = ops.bayes_linear_backward.default(grad_y, grad_kl, x, *weight, *bias_or_none, *noises, *needs)
+            grads = _call("bayes_linear_backward", grad_y, grad_kl, x, *weight, *bias_or_none, *noises, *needs)
             grad_x = grads[0] if needs_x else None
             if needs_weight:
                 grad_weights, grad_biases = grads[1:3], grads[3:] if needs_bias else (None, None)
         elif needs_weight:
-            grad_weights = ops.sample_weight_backward.default(None, grad_kl, *weight, seed, sample, weight_address)
+            grad_weights = _call("sample_weight_backward", None, grad_kl, *weight, seed, sample, weight_address)
         if needs_bias and (grad_y is None or not needs_weight):
             grad_bias = None if grad_y is None else grad_y.sum(0, keepdim=True, dtype=compute_dtype(grad_y))
             rows = [t if t is None or t.dim() == 0 else t[None] for t in bias]
-            grad_rows = ops.sample_weight_backward.default(grad_bias, grad_kl, *rows, seed, sample, bias_address)
+            grad_rows = _call("sample_weight_backward", grad_bias, grad_kl, *rows, seed, sample, bias_address)
             grad_biases = grad_rows[0][0], grad_rows[1][0]
         return grad_x, *grad_weights, None, None, *grad_biases, *[None] * 7
 
