@@ -153,14 +153,14 @@ def _fused_kl(model: nn.Module) -> Iterator[Callable[[], Tensor]]:
         return _sum(kls, model)
 
     for layer in fused:
-        layer._kl_wanted = True
+        vars(layer)["_kl_wanted"] = True
     try:
         yield total
     finally:
         for layer in fused:
             results[layer] = layer._kl_of_forward
-            layer._kl_wanted = False
-            layer._kl_of_forward = None
+            vars(layer)["_kl_wanted"] = False
+            vars(layer)["_kl_of_forward"] = None
 
 
 def _is_current(result: FusedKL, layer: BayesModule) -> bool:

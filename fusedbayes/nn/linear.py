@@ -130,7 +130,7 @@ class BayesLinear(BayesModule):
         )
         if kl is not None:
             parameters = (*weight, *bias) if has_bias else weight
-            self._kl_of_forward = FusedKL(kl, parameters, tuple(p.requires_grad for p in parameters))
+            vars(self)["_kl_of_forward"] = FusedKL(kl, parameters, tuple(p.requires_grad for p in parameters))
         return y
 
     def extra_repr(self) -> str:

@@ -83,7 +83,8 @@ class BayesModule(nn.Module):
     random_tensors: ClassVar[tuple[str, ...]] = ()
 
     # Set for a while by the context managers of `fusedbayes.predict` and `fusedbayes.objective`; neither copied nor
-    # saved. In the instance's __dict__ from the start: torch.compile guards on what is there.
+    # saved. In the instance's __dict__ from the start: torch.compile guards on what is there. What changes at each step
+    # is written there too, past torch.nn.Module.__setattr__, which first looks for a parameter or module to register.
     _noises: tuple[FrozenNoise | MeanWeights, ...]  # of the contexts that are open; the last one counts
     _kl_wanted: bool
     _kl_of_forward: FusedKL | None
