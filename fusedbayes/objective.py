@@ -101,7 +101,8 @@ class ELBO(nn.Module):
             nll = self._mean_nll(x, y)
         for _ in range(self.num_samples - 1):
             nll = nll + self._mean_nll(x, y)
-        nll = nll / self.num_samples
+        if self.num_samples > 1:
+            nll = nll / self.num_samples
         kl = kl_of_forward()
         return ElboOutput(nll + (self._current_kl_weight() / self.num_data) * kl, nll, kl)
 
@@ -110,7 +111,8 @@ class ELBO(nn.Module):
         if not isinstance(nll, Tensor):
             raise TypeError(f"nll must return a tensor, got {describe(nll)}")
         # In fp32 or better: a sum of many half-precision terms would stand still.
-        return nll.mean(dtype=compute_dtype(nll))
+        dtype = compute_dtype(nll)
+        return nll if nll.dim() == 0 and nll.dtype == dtype else nll.mean(dtype=dtype)
 
     def _current_kl_weight(self) -> float:
         if not callable(self.kl_weight):
@@ -151,24 +153,28 @@ def _fused_kl(model: nn.Module) -> Iterator[Callable[[], Tensor]]:
         return _sum(kls, model)
 
     for layer in fused:
-        layer._kl_wanted = True
+        vars(layer)["_kl_wanted"] = True
     try:
         yield total
     finally:
         for layer in fused:
             results[layer] = layer._kl_of_forward
-            layer._kl_wanted = False
-            layer._kl_of_forward = None
+            vars(layer)["_kl_wanted"] = False
+            vars(layer)["_kl_of_forward"] = None
 
 
 def _is_current(result: FusedKL, layer: BayesModule) -> bool:
     """Whether the KL is of the layer's present parameters, and differentiable in those that want a gradient."""
-    present = [tensor for name in layer.names() for tensor in layer.gaussian(name)[:2]]
+    present = [tensor for name in layer.names() for tensor in layer.posterior(name)]
     if any(then is not now for then, now in zip(result.parameters, present, strict=True)):
         return False
-    wanted = [tensor.requires_grad and torch.is_grad_enabled() for tensor in present]
-    had = [flag and result.kl.requires_grad for flag in result.requires_grad]
-    return all(h or not w for h, w in zip(had, wanted, strict=True))
+    if not torch.is_grad_enabled():
+        return True
+    differentiable = result.kl.requires_grad
+    return all(
+        (differentiable and had) or not now.requires_grad
+        for had, now in zip(result.requires_grad, present, strict=True)
+    )
 
 
 def _sum(kls: list[Tensor], model: nn.Module) -> Tensor:

@@ -94,6 +94,22 @@ def test_a_tensor_subclass_is_served() -> None:
     assert torch.equal(y, ops.bayes_linear(*problem.forward)[0])
 
 
+def test_the_profiler_sees_operators() -> None:
+    layer = fb.BayesLinear(4, 3)
+    with torch.profiler.profile() as profile:
+        layer(torch.randn(5, 4, requires_grad=True)).sum().backward()
+    seen = {event.key for event in profile.key_averages()}
+    assert {"fusedbayes::bayes_linear", "fusedbayes::bayes_linear_backward"} <= seen
+
+
+def test_tensors_that_are_not_what_is_stored() -> None:
+    """A view that is to be negated, and a zero without memory: the dispatcher makes numbers of them first."""
+    layer, x = fb.BayesLinear(4, 3), torch.randn(5, 4)
+    for unusual in (torch._neg_view(x), torch._efficientzerotensor(5, 4)):
+        with fb.frozen_sample(layer, seed=1):
+            torch.testing.assert_close(layer(unusual), layer(unusual.clone()))
+
+
 def test_cuda_is_explained() -> None:
     backend = fb.backend_info()["cuda"]
     assert backend.name == ("triton" if torch.cuda.is_available() else "reference")

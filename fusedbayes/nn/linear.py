@@ -110,27 +110,27 @@ class BayesLinear(BayesModule):
 
     def forward(self, input: Tensor) -> Tensor:
         noise = self._noises[-1] if self._noises else None
+        weight, bias = self.posterior("weight"), self.posterior("bias")
         if isinstance(noise, MeanWeights):
-            x = functional.check_linear(input, self.weight_mu, self.weight_rho, self.bias_mu, self.bias_rho)
-            return F.linear(x, self.weight_mu, self.bias_mu)
+            return F.linear(functional.check_linear(input, *weight, *bias), weight[0], bias[0])
         where: dict[str, Any] = {}
         if isinstance(noise, FrozenNoise):
             where = {"seed": noise.seed, "sample": noise.sample}
             where |= {f"{name}_address": address for name, address in noise.addresses.items()}
-        weight, bias = self.gaussian("weight"), self.gaussian("bias")
+        has_bias = bias[0] is not None
         with_kl = self._kl_wanted and self._kl_of_forward is None
         y, kl = functional.bayes_linear(
             input,
-            *weight[:2],
-            *bias[:2],
-            weight_prior=weight[2:],
-            bias_prior=None if self.bias_mu is None else bias[2:],
+            *weight,
+            *bias,
+            weight_prior=self.prior("weight"),
+            bias_prior=self.prior("bias") if has_bias else None,
             with_kl=with_kl,
             **where,
         )
         if kl is not None:
-            parameters = (*weight[:2], *(() if self.bias_mu is None else bias[:2]))
-            self._kl_of_forward = FusedKL(kl, parameters, tuple(p.requires_grad for p in parameters))
+            parameters = (*weight, *bias) if has_bias else weight
+            vars(self)["_kl_of_forward"] = FusedKL(kl, parameters, tuple(p.requires_grad for p in parameters))
         return y
 
     def extra_repr(self) -> str:

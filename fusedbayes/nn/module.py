@@ -83,7 +83,8 @@ class BayesModule(nn.Module):
     random_tensors: ClassVar[tuple[str, ...]] = ()
 
     # Set for a while by the context managers of `fusedbayes.predict` and `fusedbayes.objective`; neither copied nor
-    # saved. In the instance's __dict__ from the start: torch.compile guards on what is there.
+    # saved. In the instance's __dict__ from the start: torch.compile guards on what is there. What changes at each step
+    # is written there too, past torch.nn.Module.__setattr__, which first looks for a parameter or module to register.
     _noises: tuple[FrozenNoise | MeanWeights, ...]  # of the contexts that are open; the last one counts
     _kl_wanted: bool
     _kl_of_forward: FusedKL | None
@@ -100,11 +101,27 @@ class BayesModule(nn.Module):
 
     def names(self) -> list[str]:
         """The random tensors that the layer has: without a bias, "bias" is not among them."""
-        return [name for name in self.random_tensors if getattr(self, f"{name}_mu") is not None]
+        return [name for name in self.random_tensors if self._tensor(f"{name}_mu") is not None]
 
     def gaussian(self, name: str) -> GaussianParameter:
         """mu, rho, prior_mu and prior_sigma of the random tensor `name`."""
-        return GaussianParameter(*(getattr(self, f"{name}_{part}") for part in GaussianParameter._fields))
+        return GaussianParameter(*self.posterior(name), *self.prior(name))
+
+    def posterior(self, name: str) -> tuple[Tensor, Tensor]:
+        """mu and rho of the random tensor `name`."""
+        return self._tensor(f"{name}_mu"), self._tensor(f"{name}_rho")
+
+    def prior(self, name: str) -> tuple[Tensor, Tensor]:
+        """prior_mu and prior_sigma of the random tensor `name`."""
+        return self._tensor(f"{name}_prior_mu"), self._tensor(f"{name}_prior_sigma")
+
+    def _tensor(self, attribute: str) -> Any:
+        # From where torch.nn.Module keeps it: its own way there takes several times as long. A parametrized tensor is
+        # not kept, but computed by a property.
+        for held in (self._parameters, self._buffers):
+            if attribute in held:
+                return held[attribute]
+        return getattr(self, attribute)
 
     def kl_loss(self) -> Tensor:
         """KL of the posterior from the prior, summed over the layer's parameters; see `fusedbayes.kl_loss`.

@@ -10,14 +10,22 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fusedbayes.ops import eager
+from fusedbayes.ops import cpu, eager
 
 DIFFERENTIABLE = ("sample_weight", "weight_kl", "bayes_linear")
+BACKWARD = ("sample_weight_backward", "bayes_linear_backward")
+_CPU = {name: cpu.implementation(name) for name in DIFFERENTIABLE + BACKWARD}
+
+
+def _call(name: str, *arguments: Any) -> Any:
+    if cpu.is_next(arguments):
+        return _CPU[name](*arguments)
+    return getattr(torch.ops.fusedbayes, name).default(*arguments)
 
 
 def _below_autograd(name: str, *arguments: Any) -> Any:
     with torch._C._AutoDispatchBelowAutograd():
-        return getattr(torch.ops.fusedbayes, name).default(*arguments)
+        return _call(name, *arguments)
 
 
 def _dispatch(function: type["_Operator"], *arguments: Any) -> Any:
@@ -76,7 +84,7 @@ class _SampleWeight(_Operator):
         if torch.is_grad_enabled():
             return _Operator.differentiable_backward(ctx, _SampleWeight.name, grad_weight, grad_kl)
         address, *_ = ctx.rest
-        grads = torch.ops.fusedbayes.sample_weight_backward.default(grad_weight, grad_kl, *ctx.saved_tensors, address)
+        grads = _call("sample_weight_backward", grad_weight, grad_kl, *ctx.saved_tensors, address)
         return *grads, *[None] * 7
 
 
@@ -92,7 +100,7 @@ class _WeightKL(_Operator):
         if torch.is_grad_enabled():
             return _Operator.differentiable_backward(ctx, _WeightKL.name, grad_kl)
         noise = (None, None, (0, 0, 0))
-        grads = torch.ops.fusedbayes.sample_weight_backward.default(None, grad_kl, *ctx.saved_tensors, *noise)
+        grads = _call("sample_weight_backward", None, grad_kl, *ctx.saved_tensors, *noise)
         return *grads, None, None
 
 
@@ -118,7 +126,8 @@ class _BayesLinear(_Operator):
             return None, *grads, *[None] * 7
         # A bias comes along with the weight.
         bias_or_none = bias if needs_bias else (None,) * 4
-        grad_x, *grads = torch.ops.fusedbayes.bayes_linear_backward.default(
+        grad_x, *grads = _call(
+            "bayes_linear_backward",
             *(grad_y, grad_kl, slope, x, *weight, *bias_or_none, seed, sample),
             *(*addresses, num_samples, estimator, needs_x, needs_weight or needs_bias),
         )
@@ -139,7 +148,7 @@ def _kl_gradients(
     if not needed:
         return (None,) * 4
     rows = [t if t is None or t.dim() != 1 else t[None] for t in parameter]
-    grads = torch.ops.fusedbayes.sample_weight_backward.default(None, grad_kl, *rows, None, None, (0, 0, 0))
+    grads = _call("sample_weight_backward", None, grad_kl, *rows, None, None, (0, 0, 0))
     return *(grad.view_as(parameter[0]) for grad in grads), None, None
 
 

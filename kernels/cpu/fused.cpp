@@ -39,15 +39,17 @@ struct Operand {
 using Worker = void (*)(void*);
 using Parallel = void (*)(Worker, void*, unsigned threads, unsigned flags);  // GOMP_parallel of the runtime in use
 
+// Words of 64 bits, as native.py packs them: first what belongs to a call, then what belongs to the parameter.
 struct Problem {
-    Operand weight, grad_mu, grad_rho;  // results
-    Operand mu, rho, prior_mu, prior_sigma, grad_weight;
-    const float* grad_kl;
-    const int64_t *seed, *sample;  // null is 0
-    int64_t stream, row_offset, column_offset;
-    int64_t first_row, rows, columns, output, scalar_prior;
     Parallel parallel;
-    int64_t threads, instruction_set;
+    int64_t threads, instruction_set, output, first_row, rows;
+    Operand weight;  // a result
+    int64_t columns, scalar_prior;
+    Operand mu, rho, prior_mu, prior_sigma;
+    const int64_t *seed, *sample;  // a sample of null is 0
+    int64_t stream, row_offset, column_offset;
+    const float* grad_kl;
+    Operand grad_weight, grad_mu, grad_rho;  // the last two are results
 };
 
 struct Noise {

@@ -17,25 +17,31 @@ class _Workspace(threading.local):
     """Each thread's memory for a block of W, kept: fresh memory costs as much time as drawing the block."""
 
     def __init__(self) -> None:
-        self._memory = torch.empty(0, dtype=torch.float32)
+        self._memory: dict[torch.dtype, Tensor] = {}
 
     def block(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
         """Memory until the thread asks for the next block; more than BLOCK weights' is not kept."""
         if rows * columns > BLOCK:
             return torch.empty(rows, columns, dtype=dtype)
-        if not self._memory.numel():
-            self._memory = torch.empty(BLOCK, dtype=torch.float32)
-        return self._memory.view(dtype)[: rows * columns].view(rows, columns)
+        if dtype not in self._memory:
+            self._memory[dtype] = torch.empty(BLOCK, dtype=dtype)
+        return self._memory[dtype].as_strided((rows, columns), (columns, 1))
 
 
 _workspace = _Workspace()
 
 
 def _blocks(rows: int, columns: int) -> Iterator[slice]:
-    """Cuts the rows of a weight into blocks of at most BLOCK weights, if a row has no more."""
+    """Cuts the rows of a weight into blocks of at most BLOCK weights, if a row has no more; one block at least."""
     step = max(1, BLOCK // max(columns, 1))
-    for first in range(0, rows, step):
+    for first in range(0, max(rows, 1), step):
         yield slice(first, min(first + step, rows))
+
+
+def _part(tensor: Tensor, dim: int, rows: slice) -> Tensor:
+    """What belongs to a block of W's rows; for the only block the tensor itself, since views cost time too."""
+    size = rows.stop - rows.start
+    return tensor if size == tensor.shape[dim] else tensor.narrow(dim, rows.start, size)
 
 
 def bayes_linear(
@@ -60,19 +66,18 @@ def bayes_linear(
     if bias_mu is not None and bias_rho is not None:
         bias = x.new_empty(N)
         parameter = Parameter(bias_mu, bias_rho, bias_prior_mu, bias_prior_sigma)
-        problem = make_problem(parameter, Key(seed, sample, bias_address), with_kl=with_kl, weight=bias)
-        kl = library().forward(problem, Output.WEIGHT)
+        problem = make_problem(parameter, Key(seed, sample, bias_address), with_kl=with_kl)
+        kl = library().forward(problem, Output.WEIGHT, bias)
     parameter = Parameter(weight_mu, weight_rho, weight_prior_mu, weight_prior_sigma)
     problem = make_problem(parameter, Key(seed, sample, weight_address), with_kl=with_kl)
     y = x.new_empty(x.shape[0], N)
     for rows in _blocks(N, K):
         weight = _workspace.block(rows.stop - rows.start, K, x.dtype)
-        problem.select(rows, weight)
-        kl += library().forward(problem, Output.WEIGHT)
+        kl += library().forward(problem, Output.WEIGHT, weight, rows)
         if bias is None:
-            torch.mm(x, weight.t(), out=y[:, rows])
+            torch.mm(x, weight.t(), out=_part(y, 1, rows))
         else:
-            torch.addmm(bias[rows], x, weight.t(), out=y[:, rows])
+            torch.addmm(_part(bias, 0, rows), x, weight.t(), out=_part(y, 1, rows))
     return y, kl_tensor(kl, weight_mu, with_kl)
 
 
@@ -97,7 +102,7 @@ def bayes_linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dX = dY W, and dmu and drho of weight and bias from dY^T X and the sum of dY; the noise is drawn once for all."""
     N, K = weight_mu.shape
-    grad_x = grad_y.new_zeros(x.shape if needs_x else 0)
+    grad_x = grad_y.new_empty(x.shape if needs_x else 0)
     key = Key(seed, sample, weight_address)
     parameter = Parameter(weight_mu, weight_rho, weight_prior_mu, weight_prior_sigma)
     if needs_weight:
@@ -105,7 +110,7 @@ def bayes_linear_backward(
         # dmu takes the place of dY^T X: the C++ reads an element before it writes it.
         grad_weight = grad_mu if grad_mu.dtype == x.dtype else x.new_empty(N, K)
         problem = make_problem(
-            parameter, key, grad_kl=grad_kl, grad_mu=grad_mu, grad_rho=grad_rho, grad_weight=grad_weight
+            parameter, key, grad_kl=grad_kl, grad_weight=grad_weight, grad_mu=grad_mu, grad_rho=grad_rho
         )
     else:
         grad_mu, grad_rho = weight_mu.new_empty(0), weight_rho.new_empty(0)
@@ -113,14 +118,16 @@ def bayes_linear_backward(
     # Sums of many blocks' dY W must not be rounded to 16 bits in between: one block then.
     for rows in _blocks(N, K) if grad_y.dtype == torch.float32 else (slice(0, N),):
         weight = _workspace.block(rows.stop - rows.start, K, grad_y.dtype) if needs_x else None
-        problem.select(rows, weight)
+        grad_rows = _part(grad_y, 1, rows)
         if needs_weight:
-            torch.mm(grad_y[:, rows].t(), x, out=grad_weight[rows])
-            library().backward(problem)
+            torch.mm(grad_rows.t(), x, out=_part(grad_weight, 0, rows))
+            library().backward(problem, weight, rows)
         elif weight is not None:
-            library().forward(problem, Output.WEIGHT)
-        if weight is not None:
-            grad_x.addmm_(grad_y[:, rows], weight)
+            library().forward(problem, Output.WEIGHT, weight, rows)
+        if weight is not None and rows.start == 0:
+            torch.mm(grad_rows, weight, out=grad_x)
+        elif weight is not None:
+            grad_x.addmm_(grad_rows, weight)
     if not needs_weight or bias_mu is None or bias_rho is None:
         return grad_x, grad_mu, grad_rho, weight_mu.new_empty(0), weight_mu.new_empty(0)
     grad_bias = grad_y.sum(0, dtype=torch.float32)
