@@ -65,8 +65,8 @@ def batch_size(x: Any) -> int:
     if len(sizes) != 1 or () in sizes:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors) or "no tensor"
         raise ValueError(
-            "to run several Monte Carlo samples as one batch, every tensor of the input must have the batch as its first "
-            f"dimension, got {shapes}: pass samples_at_once=1 to run them one after another"
+            "to run several Monte Carlo samples as one batch, every tensor of the input must have the batch as its "
+            f"first dimension, got {shapes}: pass samples_at_once=1 to run them one after another"
         )
     return tensors[0].shape[0]
 
@@ -79,9 +79,9 @@ def unfold(output: Tensor, num_samples: int, batch: int) -> Tensor:
     """
     if output.dim() == 0 or output.shape[0] != num_samples * batch:
         raise ValueError(
-            f"the model got {num_samples} samples of a batch of {batch} along dimension 0, so its output must have shape "
-            f"({num_samples * batch}, ...), got {tuple(output.shape)}: pass samples_at_once=1 if it treats dimension 0 "
-            "otherwise"
+            f"the model got {num_samples} samples of a batch of {batch} along dimension 0, so its output must have "
+            f"shape ({num_samples * batch}, ...), got {tuple(output.shape)}: pass samples_at_once=1 if it treats "
+            "dimension 0 otherwise"
         )
     return output.view(num_samples, batch, *output.shape[1:])
 
@@ -100,7 +100,7 @@ def drawing(layers: Iterable[BayesModule], num_samples: int) -> Iterator[None]:
 
 
 def _tensors(x: Any) -> list[Tensor]:
-    # Of these types alone: of another, a packed sequence for one, nobody knows which of its tensors begin with the batch.
+    # Of these types alone: of another, say a packed sequence, nobody knows which of its tensors begin with the batch.
     if isinstance(x, Tensor):
         return [x]
     if type(x) is dict:

@@ -166,8 +166,8 @@ def bayes_linear(
       equation 4).
 
     Nothing but the arguments and the seed is kept for the backward pass, and for "local" one number of x's dtype for
-    each output. Under autocast x is cast to autocast's dtype and so is the sample, while the parameters, sampling and KL
-    stay in their own precision.
+    each output. Under autocast x is cast to autocast's dtype and so is the sample, while the parameters, sampling and
+    KL stay in their own precision.
 
     Args:
         x: (..., in_features), any leading dimensions, dtype of the parameters.
@@ -240,8 +240,8 @@ def _check_samples(num_samples: int, x: Tensor) -> None:
     check_count(num_samples, "num_samples")
     if x.dim() < 2 or x.shape[0] % num_samples != 0:
         raise ValueError(
-            f"num_samples is {num_samples}, so the first dimension of x must hold {num_samples} batches one after another: "
-            f"a multiple of {num_samples} rows, got shape {tuple(x.shape)}"
+            f"num_samples is {num_samples}, so the first dimension of x must hold as many batches one after another, "
+            f"a multiple of {num_samples}, got shape {tuple(x.shape)}"
         )
 
 

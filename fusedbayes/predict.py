@@ -141,11 +141,11 @@ def predict(
 ) -> Prediction:
     """Runs `model` on `x` under `num_samples` draws of its weights.
 
-    Sample s is the function of ``frozen_sample(model, seed, sample=s)``: with the estimator "shared" one consistent draw
-    for the whole batch. The samples run as one batch: `x` is repeated along dimension 0, and each Bayesian layer reads
-    its parameters once for all of them, so every module of the model has to treat dimension 0 as the batch. The modules
-    are put into evaluation mode (dropout off, batch statistics fixed) and each back into its own afterwards. Not for
-    several threads at once on one model: give each thread its copy.
+    Sample s is the function of ``frozen_sample(model, seed, sample=s)``: with the estimator "shared" one consistent
+    draw for the whole batch. The samples run as one batch: `x` is repeated along dimension 0, and each Bayesian layer
+    reads its parameters once for all of them, so every module of the model has to treat dimension 0 as the batch. The
+    modules are put into evaluation mode (dropout off, batch statistics fixed) and each back into its own afterwards.
+    Not for several threads at once on one model: give each thread its copy.
 
     Args:
         model: any module; its output must be one tensor, (batch, ...).

@@ -199,9 +199,16 @@ def local_noise(rows: int, weight_mu: Tensor, key: Key, address: Address) -> Ten
 def signs_of(x: Tensor, columns: int, key: Key, address: Address, role: int) -> Tensor:
     """Flipout's signs of x's rows: of the inputs, which are the weight's columns, or of the outputs, its rows."""
     offset = address.column_offset if role == Role.FLIPOUT_INPUT else address.row_offset
-    stream = address.stream + role
-    place = {"sample": key[1], "stream": stream, "column_offset": offset}
-    return noise.signs(key[0], x.shape[0], columns, **place, dtype=x.dtype, device=x.device)
+    return noise.signs(
+        key[0],
+        x.shape[0],
+        columns,
+        sample=key[1],
+        stream=address.stream + role,
+        column_offset=offset,
+        dtype=x.dtype,
+        device=x.device,
+    )
 
 
 def _sample_bias(bias: MaybeBias, key: Key, address: Address, dtype: torch.dtype) -> Tensor | None:

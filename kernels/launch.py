@@ -51,11 +51,3 @@ def dot_options(tensor: Tensor) -> dict[str, Any]:
     # the exact products are formed in fp32.
     dtype = names[tensor.dtype] if tensor.is_cuda else tl.float32
     return {"DOT_DTYPE": dtype, "INPUT_PRECISION": "tf32" if allow_tf32() else "ieee"}
-
-
-def sample_after(key: tuple[Tensor, Tensor | None], index: int) -> Tensor | None:
-    """The Monte Carlo sample that comes so many after the key's."""
-    seed, sample = key
-    if index == 0:
-        return sample
-    return seed.new_full((), index) if sample is None else sample + index

@@ -17,7 +17,6 @@ from fusedbayes.kernels.launch import (
     bias_noise,
     capability,
     dot_options,
-    sample_after,
     whole_quads,
     with_near_rows,
 )
@@ -27,6 +26,7 @@ from fusedbayes.kernels.parameter import gaussian
 from fusedbayes.kernels.sample import sample_layer
 from fusedbayes.kernels.second_operands import second_operands
 from fusedbayes.kernels.select import select_config
+from fusedbayes.kernels.streams import sample_after
 from fusedbayes.kernels.sums import new_total, partial_results, reduce, sum_in_order, value_of
 from fusedbayes.kernels.tile_kl import open_charge, total_kl
 

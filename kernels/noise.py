@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from fusedbayes.kernels import streams
 from fusedbayes.kernels.math import LN_2, cos, log2, multiply_wide, scaled_difference, sin, sqrt
 
 ROUNDS = tl.constexpr(7)
-# What is added to a weight's stream for the noise of its layer's outputs and inputs: `fusedbayes.noise.Role`.
-LOCAL, FLIPOUT_INPUT, FLIPOUT_OUTPUT = tl.constexpr(2), tl.constexpr(3), tl.constexpr(4)
+LOCAL, FLIPOUT_INPUT, FLIPOUT_OUTPUT = map(tl.constexpr, (streams.LOCAL, streams.FLIPOUT_INPUT, streams.FLIPOUT_OUTPUT))
 
 
 class Noise(NamedTuple):
@@ -119,7 +119,7 @@ def negative_quads(seed, quads, row, sample, stream):
 
 @triton.jit
 def negative_tile(seed, quad, rows, sample, stream, COLUMNS: tl.constexpr):
-    """Whether the signs of COLUMNS columns from `quad` on, all in one block of 128, are -1 in rows (R,): (COLUMNS, R)."""
+    """Whether signs are -1 of COLUMNS columns from `quad` on, all in one block of 128, and rows (R,): (COLUMNS, R)."""
     columns = (quad % 32 * 4).to(tl.int32) + tl.arange(0, COLUMNS)[:, None]
     x0, x1, x2, x3 = philox_words(seed, quad // 32, rows, sample, stream)
     word = _pick((x0[None, :], x1[None, :], x2[None, :], x3[None, :]), columns // 32)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fusedbayes import functional
 from fusedbayes.checks import check_module, check_number, describe
 from fusedbayes.noise import Address
-from fusedbayes.reference import GaussianParameter
+from fusedbayes.reference import Estimator, GaussianParameter
 
 # Wrappers that put their own name into the path of every module below them.
 _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
@@ -23,11 +23,13 @@ class FrozenNoise:
     Attributes:
         seed, sample: 0-d int64 tensors on the layer's device.
         addresses: of each of the layer's random tensors, by name.
+        estimator: in place of the layer's own, if not None.
     """
 
     seed: Tensor
     sample: Tensor
     addresses: dict[str, Address]
+    estimator: Estimator | None = None
 
 
 class MeanWeights:
@@ -86,9 +88,10 @@ class BayesModule(nn.Module):
     # saved. In the instance's __dict__ from the start: torch.compile guards on what is there. What changes at each step
     # is written there too, past torch.nn.Module.__setattr__, which first looks for a parameter or module to register.
     _noises: tuple[FrozenNoise | MeanWeights, ...]  # of the contexts that are open; the last one counts
+    _num_samples: int  # that the input holds a batch for each of
     _kl_wanted: bool
     _kl_of_forward: FusedKL | None
-    _TRANSIENT: ClassVar[dict[str, Any]] = {"_noises": (), "_kl_wanted": False, "_kl_of_forward": None}
+    _TRANSIENT: ClassVar[dict[str, Any]] = {"_noises": (), "_num_samples": 1, "_kl_wanted": False, "_kl_of_forward": None}
 
     def __init__(self) -> None:
         super().__init__()

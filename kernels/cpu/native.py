@@ -28,8 +28,9 @@ class Output(IntEnum):
     NONE = 0
     WEIGHT = 1
     VARIANCE = 2
-    NORMAL = 3
-    WORD = 4  # the bits of the noise's words
+    PERTURBATION = 3  # sigma eps
+    NORMAL = 4
+    WORD = 5  # the bits of the noise's words
 
 
 class Problem(NamedTuple):
@@ -49,7 +50,7 @@ class Problem(NamedTuple):
 ABSENT = (0, 0, 0, 0, 0)
 # A pass takes its arguments as 64-bit words in the order of the C++: a ctypes.Structure takes longer to fill than a
 # small layer to compute.
-_WORDS = struct.Struct("@54q")
+_WORDS = struct.Struct("@60q")
 
 
 def operand(tensor: torch.Tensor | None, first_row: int = 0) -> tuple[int, ...]:
@@ -81,14 +82,32 @@ class Library:
         """Writes `output` of these rows, or of all, into `weight`; returns the KL, 0 without a prior."""
         return self.functions.fusedbayes_forward(self._arguments(problem, output, weight, rows))
 
-    def backward(self, problem: Problem, weight: torch.Tensor | None = None, rows: slice | None = None) -> None:
-        """Writes the gradients of these rows, or of all, and W into `weight` if there is one."""
-        self.functions.fusedbayes_backward(self._arguments(problem, Output.WEIGHT, weight, rows))
+    def backward(
+        self,
+        problem: Problem,
+        output: Output = Output.WEIGHT,
+        weight: torch.Tensor | None = None,
+        grad_sampled: torch.Tensor | None = None,
+        rows: slice | None = None,
+    ) -> None:
+        """Writes the gradients of these rows, or of all, and again the forward's `output` if there is a `weight`.
 
-    def _arguments(self, problem: Problem, output: Output, weight: torch.Tensor | None, rows: slice | None) -> bytes:
+        grad_sampled is dL by that output, of these rows alone.
+        """
+        self.functions.fusedbayes_backward(self._arguments(problem, output, weight, rows, grad_sampled))
+
+    def _arguments(
+        self,
+        problem: Problem,
+        output: Output,
+        weight: torch.Tensor | None,
+        rows: slice | None,
+        grad_sampled: torch.Tensor | None = None,
+    ) -> bytes:
         first, end = (0, problem.rows) if rows is None else (rows.start, rows.stop)
         how = (self.parallel or 0, torch.get_num_threads(), INSTRUCTION_SETS.index(self.instruction_set))
-        return _WORDS.pack(*how, output, first, end - first, *operand(weight, first), *problem.words)
+        operands = operand(weight, first) + operand(grad_sampled, first)
+        return _WORDS.pack(*how, output, first, end - first, *operands, *problem.words)
 
 
 def source_hash() -> int:

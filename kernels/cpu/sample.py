@@ -32,9 +32,10 @@ def make_problem(
     *,
     with_kl: bool = False,
     grad_kl: Tensor | None = None,
-    grad_weight: Tensor | None = None,
+    grad_product: Tensor | None = None,
     grad_mu: Tensor | None = None,
     grad_rho: Tensor | None = None,
+    accumulate: bool = False,
 ) -> Problem:
     """The C++'s view of a parameter; a vector is one row.
 
@@ -43,8 +44,9 @@ def make_problem(
         key: its noise, if any is drawn.
         with_kl: whether the KL is computed.
         grad_kl: 0-d cotangent of the KL, whose gradient is computed if there is a prior.
-        grad_weight: dL/dW, of the parameter's shape.
+        grad_product: of the parameter's shape, dL/dW, or in the other estimators what multiplies mu has of dL/dW.
         grad_mu, grad_rho: where the gradients are written, contiguous.
+        accumulate: whether they are added to what is there.
     """
     mu, rho, prior_mu, prior_sigma = parameter
     rows, columns = mu.shape if mu.dim() == 2 else (1, mu.numel())
@@ -56,13 +58,13 @@ def make_problem(
     else:
         prior_mu, prior_sigma = (_by_rows(prior.expand(parameter.mu.shape)) for prior in (prior_mu, prior_sigma))
     grad_kl = None if grad_kl is None else grad_kl.float()
-    grad_weight = None if grad_weight is None else _by_rows(grad_weight)
+    grad_product = None if grad_product is None else _by_rows(grad_product)
     words = (
         *(columns, scalar_prior, *operand(mu), *operand(rho), *operand(prior_mu), *operand(prior_sigma)),
         *(_NO_NOISE if key is None else (_address(key.seed), _address(key.sample), *key.address)),
-        *(_address(grad_kl), *operand(grad_weight), *operand(grad_mu), *operand(grad_rho)),
+        *(_address(grad_kl), *operand(grad_product), *operand(grad_mu), *operand(grad_rho), accumulate),
     )
-    tensors = (mu, rho, prior_mu, prior_sigma, grad_kl, grad_weight, grad_mu, grad_rho)
+    tensors = (mu, rho, prior_mu, prior_sigma, grad_kl, grad_product, grad_mu, grad_rho)
     return Problem(rows, words, tensors if key is None else (*tensors, *key[:2]))
 
 
@@ -93,20 +95,6 @@ def sample_weight(
     parameter, weight = Parameter(mu, rho, prior_mu, prior_sigma), mu.new_empty(mu.shape, dtype=dtype)
     problem = make_problem(parameter, Key(seed, sample, address), with_kl=with_kl)
     return weight, kl_tensor(library().forward(problem, Output.WEIGHT, weight), mu, with_kl)
-
-
-def weight_variance(
-    mu: Tensor,
-    rho: Tensor,
-    prior_mu: Tensor | None,
-    prior_sigma: Tensor | None,
-    dtype: torch.dtype,
-    with_kl: bool,
-) -> tuple[Tensor, Tensor]:
-    """sigma^2, of mu's shape in `dtype`, and the KL: what local reparameterisation multiplies x^2 with."""
-    parameter, variance = Parameter(mu, rho, prior_mu, prior_sigma), mu.new_empty(mu.shape, dtype=dtype)
-    problem = make_problem(parameter, None, with_kl=with_kl)
-    return variance, kl_tensor(library().forward(problem, Output.VARIANCE, variance), mu, with_kl)
 
 
 def normal(shape: tuple[int, int], seed: Tensor, sample: Tensor | None, address: Sequence[int]) -> Tensor:
@@ -152,7 +140,7 @@ def sample_weight_backward(
         grad_kl=grad_kl,
         grad_mu=grads[0],
         grad_rho=grads[1],
-        grad_weight=None if key is None else grad_weight,
+        grad_product=None if key is None else grad_weight,
     )
     library().backward(problem)
     return grads
