@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fusedbayes.checks import check_count
 from fusedbayes.nn.module import BayesModule
@@ -21,6 +22,8 @@ def samples_at_once(x: Any, num_samples: int, wanted: int | None) -> int:
     Raises:
         TypeError, ValueError: `wanted` is not a count.
     """
+    if num_samples == 1:
+        return 1
     if wanted is not None:
         return min(num_samples, check_count(wanted, "samples_at_once"))
     tensors = _tensors(x)
@@ -32,7 +35,7 @@ def samples_at_once(x: Any, num_samples: int, wanted: int | None) -> int:
 def check_foldable(model: nn.Module) -> None:
     """Raises ValueError if a module of `model` is known to mix what lies along dimension 0 of its input."""
     for name, module in model.named_modules():
-        kind, place = type(module).__name__, f"the {type(module).__name__} {name!r}" if name else "the model"
+        place = f"the {type(module).__name__} {name!r}" if name else "the model"
         if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
             reason = f"{place} normalises with the statistics of its batch"
         elif isinstance(module, nn.RNNBase | nn.MultiheadAttention) and not module.batch_first:
@@ -41,7 +44,7 @@ def check_foldable(model: nn.Module) -> None:
             continue
         raise ValueError(
             f"several Monte Carlo samples run as one batch, but {reason}: pass samples_at_once=1 to run them one after "
-            f"another{', or put the model into evaluation mode' if kind.startswith('BatchNorm') else ''}"
+            "another"
         )
 
 
@@ -71,19 +74,26 @@ def batch_size(x: Any) -> int:
     return tensors[0].shape[0]
 
 
-def unfold(output: Tensor, num_samples: int, batch: int) -> Tensor:
-    """The output for a folded input as (num_samples, batch, ...).
+def unfold(output: Any, num_samples: int, batch: int) -> list[Any]:
+    """What the model gave for a folded input, sample by sample: a tensor, or whatever of tensors pytrees look into.
 
     Raises:
-        ValueError: its first dimension is not that of the folded input.
+        ValueError: the first dimension of a tensor is not that of the folded input.
     """
-    if output.dim() == 0 or output.shape[0] != num_samples * batch:
-        raise ValueError(
-            f"the model got {num_samples} samples of a batch of {batch} along dimension 0, so its output must have "
-            f"shape ({num_samples * batch}, ...), got {tuple(output.shape)}: pass samples_at_once=1 if it treats "
-            "dimension 0 otherwise"
-        )
-    return output.view(num_samples, batch, *output.shape[1:])
+
+    def split(tensor: Any) -> Any:
+        if not isinstance(tensor, Tensor):
+            return [tensor] * num_samples
+        if tensor.dim() == 0 or tensor.shape[0] != num_samples * batch:
+            raise ValueError(
+                f"the model got {num_samples} samples of a batch of {batch} along dimension 0, so its output must have "
+                f"shape ({num_samples * batch}, ...), got {tuple(tensor.shape)}: pass samples_at_once=1 if it treats "
+                "dimension 0 otherwise"
+            )
+        return tensor.chunk(num_samples) if batch else [tensor] * num_samples
+
+    leaves, structure = tree_flatten(output)
+    return [tree_unflatten(each, structure) for each in zip(*map(split, leaves), strict=True)]
 
 
 @contextlib.contextmanager
@@ -92,11 +102,11 @@ def drawing(layers: Iterable[BayesModule], num_samples: int) -> Iterator[None]:
     before = [(layer, layer._num_samples) for layer in layers]
     try:
         for layer, _ in before:
-            layer._num_samples = num_samples
+            vars(layer)["_num_samples"] = num_samples
         yield
     finally:
         for layer, number in before:
-            layer._num_samples = number
+            vars(layer)["_num_samples"] = number
 
 
 def _tensors(x: Any) -> list[Tensor]:

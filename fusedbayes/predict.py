@@ -187,16 +187,16 @@ def predict(
                 output = model(x if at_once == 1 else folding.fold(x, now))
             if not isinstance(output, Tensor):
                 raise TypeError(f"the model must return a tensor, got {describe(output)}: wrap it to pick one out")
-            output = output[None] if at_once == 1 else folding.unfold(output, now, folding.batch_size(x))
+            each = [output] if at_once == 1 else folding.unfold(output, now, folding.batch_size(x))
             if outputs is None:
-                outputs = output.new_empty((num_samples, *output.shape[1:]))
-            if output.shape[1:] != outputs.shape[1:] or output.dtype != outputs.dtype:
+                outputs = output.new_empty((num_samples, *each[0].shape))
+            if each[0].shape != outputs.shape[1:] or output.dtype != outputs.dtype:
                 raise ValueError(
                     "the model's output must have one shape and dtype whatever the draw, got "
-                    f"{describe(output[0])} after {describe(outputs[0])}"
+                    f"{describe(each[0])} after {describe(outputs[0])}"
                 )
             # A copy: the model may write its next output over this one.
-            outputs[begin : begin + now] = output
+            torch.stack(each, out=outputs[begin : begin + now])
     finally:
         for module, training in was_training:
             module.training = training

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from fusedbayes import functional, reference
 from fusedbayes.checks import check_count, check_number, describe
 from fusedbayes.nn.module import BayesModule, FrozenNoise, FusedKL, MeanWeights, check_fits
-
-ESTIMATORS = ("shared",)
+from fusedbayes.reference import Estimator
 
 
 class BayesLinear(BayesModule):
@@ -29,8 +28,10 @@ class BayesLinear(BayesModule):
             keep their scale under the prior however wide it is.
         sigma_init: initial standard deviation of the posterior; None (default) means 0.1 / sqrt(in_features), about a
             sixth of the spread of the initial means.
-        estimator: how the output is sampled. "shared": one draw of the weights for the whole batch. May be assigned
-            later; parameters and state_dict do not depend on it.
+        estimator: how the output is sampled. "shared" (default): one draw of the weights for the whole batch. "local":
+            each row's outputs from their own distribution, with less noise in the gradients. "flipout": one draw,
+            decorrelated between the rows. See `fusedbayes.functional.bayes_linear` and docs/estimators.md. May be
+            assigned later; parameters and state_dict do not depend on it.
         device, dtype: of the parameters.
 
     Attributes:
@@ -66,7 +67,7 @@ class BayesLinear(BayesModule):
         prior_mu: float = 0.0,
         prior_sigma: float | None = None,
         sigma_init: float | None = None,
-        estimator: str = "shared",
+        estimator: Estimator = "shared",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -86,14 +87,13 @@ class BayesLinear(BayesModule):
         self.reset_parameters()
 
     @property
-    def estimator(self) -> str:
-        """How the output is sampled."""
+    def estimator(self) -> Estimator:
+        """How the output is sampled: "shared", "local" or "flipout"."""
         return self._estimator
 
     @estimator.setter
-    def estimator(self, value: str) -> None:
-        if value not in ESTIMATORS:
-            raise ValueError(f"estimator must be one of {', '.join(map(repr, ESTIMATORS))}, got {value!r}")
+    def estimator(self, value: Estimator) -> None:
+        functional.check_estimator(value)
         self._estimator = value
 
     @torch.no_grad()
@@ -113,9 +113,9 @@ class BayesLinear(BayesModule):
         weight, bias = self.posterior("weight"), self.posterior("bias")
         if isinstance(noise, MeanWeights):
             return F.linear(functional.check_linear(input, *weight, *bias), weight[0], bias[0])
-        where: dict[str, Any] = {}
+        where: dict[str, Any] = {"estimator": self._estimator, "num_samples": self._num_samples}
         if isinstance(noise, FrozenNoise):
-            where = {"seed": noise.seed, "sample": noise.sample}
+            where |= {"seed": noise.seed, "sample": noise.sample, "estimator": noise.estimator or self._estimator}
             where |= {f"{name}_address": address for name, address in noise.addresses.items()}
         has_bias = bias[0] is not None
         with_kl = self._kl_wanted and self._kl_of_forward is None

@@ -91,7 +91,12 @@ class BayesModule(nn.Module):
     _num_samples: int  # that the input holds a batch for each of
     _kl_wanted: bool
     _kl_of_forward: FusedKL | None
-    _TRANSIENT: ClassVar[dict[str, Any]] = {"_noises": (), "_num_samples": 1, "_kl_wanted": False, "_kl_of_forward": None}
+    _TRANSIENT: ClassVar[dict[str, Any]] = {
+        "_noises": (),
+        "_num_samples": 1,
+        "_kl_wanted": False,
+        "_kl_of_forward": None,
+    }
 
     def __init__(self) -> None:
         super().__init__()
