@@ -78,8 +78,8 @@ class ELBO(nn.Module):
 
     Raises:
         TypeError: num_data, num_samples or samples_at_once is not an int, or kl_weight neither a number nor callable.
-        ValueError: num_data, num_samples or samples_at_once below 1, a negative kl_weight, or a model without a Bayesian
-            layer; at a call with several samples at once, a module that is known to mix the batch.
+        ValueError: num_data, num_samples or samples_at_once below 1, a negative kl_weight, or a model without a
+            Bayesian layer; at a call with several samples at once, a module that is known to mix the batch.
     """
 
     def __init__(

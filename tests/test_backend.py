@@ -90,7 +90,7 @@ def test_a_tensor_subclass_is_served() -> None:
 
     torch.manual_seed(0)
     problem = make_problem((5, 18, 20))
-    y, _ = ops.bayes_linear(*problem._replace(x=problem.x.as_subclass(Labelled)).forward)
+    y, *_ = ops.bayes_linear(*problem._replace(x=problem.x.as_subclass(Labelled)).forward)
     assert torch.equal(y, ops.bayes_linear(*problem.forward)[0])
 
 

@@ -130,7 +130,7 @@ def bayes_linear(
         return product, charge, x.new_empty(0)
     mean = x @ weight_mu.to(x.dtype).t()
     for (rows, _), b in zip(batches, drawn, strict=True):
-        if bias_mu is not None:
+        if b is not None and bias_mu is not None:
             _part(mean, 0, rows).add_(b if estimator == "flipout" else bias_mu)
     y, slope = combine(mean, product, layer.draw, estimator)
     return y, charge, slope
@@ -183,8 +183,8 @@ def bayes_linear_backward(
     second_x, second_grad = second_operands(x, grad_y, slope, layer.draw, estimator)
     assert second_grad is not None
     activations = _Activations(x, grad_y, second_x, second_grad)
-    nothing = weight_mu.new_empty(0)
-    grad_x, grads, bias_grads = grad_y.new_empty(x.shape if needs_x else 0), (nothing, nothing), (nothing, nothing)
+    grad_x = grad_y.new_empty(x.shape if needs_x else 0)
+    grads, bias_grads = ((weight_mu.new_empty(0), weight_mu.new_empty(0)) for _ in range(2))
     if needs_weight:
         grads = _accumulators(weight, len(batches))
     _pass(layer, batches, activations, grad_kl, grad_x if needs_x else None, grads if needs_weight else None)
