@@ -213,7 +213,8 @@ def _matrix(tensor: Tensor) -> Tensor:
 def _check_address(address: Address, name: str, rows: int, columns: int) -> None:
     if not isinstance(address, Address):
         raise TypeError(f"{name} must be a fusedbayes.noise.Address, got {describe(address)}")
-    check_coordinates(rows, columns, **address._asdict())
+    stream, row_offset, column_offset = address
+    check_coordinates(rows, columns, stream=stream, row_offset=row_offset, column_offset=column_offset)
 
 
 def _like(mu: Tensor, value: float | Tensor, name: str, *, positive: bool = False) -> Tensor:

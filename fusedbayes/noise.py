@@ -211,10 +211,11 @@ def check_coordinates(
     column_offset: int = 0,
 ) -> None:
     """Raises TypeError or ValueError unless the block lies inside the noise's address space (see `normal`)."""
-    values = {"rows": rows, "columns": columns, "stream": stream}
-    values |= {"row_offset": row_offset, "column_offset": column_offset}
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+    for name, value in (
+        *(("rows", rows), ("columns", columns), ("stream", stream)),
+        *(("row_offset", row_offset), ("column_offset", column_offset)),
+    ):
+        if type(value) is not int and (isinstance(value, bool) or not isinstance(value, int | torch.SymInt)):
             raise TypeError(f"{name} must be an int, got {describe(value)}")
         if value < 0:
             raise ValueError(f"{name} must not be negative, got {value}")
