@@ -4,12 +4,13 @@ import contextlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fusedbayes.checks import check_count
-from fusedbayes.nn.module import BayesModule
+from fusedbayes.nn.module import BayesModule, Repeated
 
 # Numbers that a folded input has at most by default, so that folding a large batch does not take the memory of all its
 # samples at once. A large batch gains little: reading the weights is what samples share.
@@ -97,16 +98,25 @@ def unfold(output: Any, num_samples: int, batch: int) -> list[Any]:
 
 
 @contextlib.contextmanager
-def drawing(layers: Iterable[BayesModule], num_samples: int) -> Iterator[None]:
-    """Has the layers take their inputs for so many batches, one for each Monte Carlo sample."""
-    before = [(layer, layer._num_samples) for layer in layers]
+def drawing(layers: Iterable[BayesModule], num_samples: int, x: Any) -> Iterator[Any]:
+    """Has the layers draw so many Monte Carlo samples, each for a batch of its own; yields `x` folded.
+
+    A layer that gets the folded tensor itself knows that its batches are equal: "local" multiplies one of them.
+    """
+    folded, repeated = x, None
+    if num_samples > 1:
+        folded = fold(x, num_samples)
+        if isinstance(x, Tensor) and not (torch.compiler.is_compiling() or folded.is_inference()):
+            repeated = Repeated(folded, folded._version, x)
+    changes = {"_num_samples": num_samples, "_repeated": repeated}
+    before = [(layer, {name: vars(layer)[name] for name in changes}) for layer in layers]
     try:
         for layer, _ in before:
-            vars(layer)["_num_samples"] = num_samples
-        yield
+            vars(layer).update(changes)
+        yield folded
     finally:
-        for layer, number in before:
-            vars(layer)["_num_samples"] = number
+        for layer, state in before:
+            vars(layer).update(state)
 
 
 def _tensors(x: Any) -> list[Tensor]:

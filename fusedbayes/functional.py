@@ -150,6 +150,7 @@ def bayes_linear(
     weight_address: Address = Address(Role.WEIGHT),
     bias_address: Address = Address(Role.BIAS),
     num_samples: int = 1,
+    same_input: bool = False,
     estimator: Estimator = "shared",
 ) -> tuple[Tensor, Tensor | None]:
     """Y = x W^T + b with W ~ N(weight_mu, softplus(weight_rho)^2), likewise b, and the KL of both.
@@ -184,6 +185,7 @@ def bayes_linear(
         num_samples: Monte Carlo samples (default 1): the first dimension of x holds as many batches one after another,
             of which number s, from 0 on, is drawn as if it came alone with index `sample` + s. mu and rho are read
             once for all.
+        same_input: x is one batch, and stands for num_samples equal ones (default False).
         estimator: "shared" (default), "local" or "flipout".
 
     Returns:
@@ -205,7 +207,7 @@ def bayes_linear(
         _check_address(bias_address, "bias_address", 1, bias_mu.numel())
     check_estimator(estimator)
     if num_samples != 1:
-        _check_samples(num_samples, x)
+        _check_samples(num_samples, x, same_input)
     if estimator != "shared":
         # The streams of zeta, r and s.
         check_coordinates(0, 0, stream=weight_address.stream + Role.FLIPOUT_OUTPUT)
@@ -218,8 +220,11 @@ def bayes_linear(
     noise = (*_seed_and_sample(seed, sample, x.device), weight_address, bias_address)
     # A matrix goes through as it is: views cost as much as a small layer, forward and backward.
     rows = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    y, kl, _ = ops.bayes_linear(rows, *weight, *bias, *noise, num_samples, estimator, with_kl)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight_mu.shape[0]), kl if with_kl else None
+    y, kl, _ = ops.bayes_linear(rows, *weight, *bias, *noise, num_samples, same_input, estimator, with_kl)
+    if x.dim() != 2:
+        leading = (num_samples * x.shape[0], *x.shape[1:-1]) if same_input else x.shape[:-1]
+        y = y.view(*leading, weight_mu.shape[0])
+    return y, kl if with_kl else None
 
 
 def _seed_and_sample(
@@ -236,9 +241,9 @@ def check_estimator(estimator: str) -> None:
         raise ValueError(f"estimator must be one of {', '.join(map(repr, ESTIMATORS))}, got {estimator!r}")
 
 
-def _check_samples(num_samples: int, x: Tensor) -> None:
+def _check_samples(num_samples: int, x: Tensor, same_input: bool) -> None:
     check_count(num_samples, "num_samples")
-    if x.dim() < 2 or x.shape[0] % num_samples != 0:
+    if x.dim() < 2 or (not same_input and x.shape[0] % num_samples != 0):
         raise ValueError(
             f"num_samples is {num_samples}, so the first dimension of x must hold as many batches one after another, "
             f"a multiple of {num_samples}, got shape {tuple(x.shape)}"

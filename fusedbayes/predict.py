@@ -183,11 +183,12 @@ def predict(
             folding.check_foldable(model)
         for begin in range(0, num_samples, at_once):
             now = min(at_once, num_samples - begin)
-            with _noise_of(_frozen(layers, seed, begin, estimator)), folding.drawing(layers, now):
-                output = model(x if at_once == 1 else folding.fold(x, now))
+            frozen = _noise_of(_frozen(layers, seed, begin, estimator))
+            with frozen, folding.drawing(layers, now, x) as folded:
+                output = model(folded)
             if not isinstance(output, Tensor):
                 raise TypeError(f"the model must return a tensor, got {describe(output)}: wrap it to pick one out")
-            each = [output] if at_once == 1 else folding.unfold(output, now, folding.batch_size(x))
+            each = [output] if now == 1 else folding.unfold(output, now, folding.batch_size(x))
             if outputs is None:
                 outputs = output.new_empty((num_samples, *each[0].shape))
             if each[0].shape != outputs.shape[1:] or output.dtype != outputs.dtype:

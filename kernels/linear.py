@@ -274,11 +274,13 @@ def bayes_linear(
     weight_address: Sequence[int],
     bias_address: Sequence[int],
     num_samples: int,
+    same_input: bool,
     estimator: str,
     with_kl: bool,
     config: MatmulConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, the KL of weight and bias, and the slope; see the operator of this name."""
+    x = x.repeat(num_samples, 1) if same_input else x
     rows = x.shape[0] if estimator == "local" else x.shape[0] // num_samples
     shape = (rows, *weight_mu.shape)
     config = config or select_config("forward", shape, x.dtype, capability(x), allow_tf32(), num_samples, estimator)

@@ -64,11 +64,8 @@ class Problem(NamedTuple):
     @property
     def forward(self) -> tuple[Any, ...]:
         """Arguments of bayes_linear."""
-        return (self.x, *self.weight, *self.bias, *self.noise, *self._how, self.with_kl)
-
-    @property
-    def _how(self) -> tuple[Any, ...]:
-        return self.bias_address, self.num_samples, self.estimator
+        how = self.bias_address, self.num_samples, False, self.estimator, self.with_kl
+        return (self.x, *self.weight, *self.bias, *self.noise, *how)
 
     def sample_weight(self, dtype: torch.dtype) -> tuple[Any, ...]:
         """Arguments of sample_weight."""
@@ -87,7 +84,8 @@ class Problem(NamedTuple):
     @property
     def backward_weight(self) -> tuple[Any, ...]:
         """Arguments of the launcher of dmu and drho."""
-        return (self.grad_y, self.grad_kl, self.slope, self.x, *self.weight, *self.bias, *self.noise, *self._how)
+        how = self.bias_address, self.num_samples, self.estimator
+        return (self.grad_y, self.grad_kl, self.slope, self.x, *self.weight, *self.bias, *self.noise, *how)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Problem":
         """The problem with `function` applied to each floating tensor."""

@@ -154,6 +154,30 @@ def network_with(model: nn.Sequential, estimator: Estimator) -> nn.Sequential:
 
 
 @SAMPLED
+def test_an_input_that_samples_share(estimator: Estimator) -> None:
+    """Equal to its repetition, and so are the gradients; a layer that gets the repetition itself makes use of it."""
+    layer, x = BayesLinear(5, 3), torch.randn(7, 2, 5, requires_grad=True)
+    cotangent, results = torch.randn(4 * 7, 2, 3), []
+    for given, same in ((x, True), (x.repeat(4, 1, 1), False)):
+        y, _ = functional.bayes_linear(
+            given, *layer.parameters(), seed=3, num_samples=4, same_input=same, estimator=estimator
+        )
+        results.append([y, *torch.autograd.grad(y, [x, *layer.parameters()], cotangent)])
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+
+
+def test_an_input_that_is_written_to_is_no_repetition_any_more() -> None:
+    class InPlace(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.mul_(2.0)
+
+    layer, x = BayesLinear(5, 3, estimator="local"), torch.randn(7, 5)
+    actual = fb.predict(nn.Sequential(InPlace(), layer), x, 3, seed=1).outputs
+    expected = fb.predict(nn.Sequential(nn.Identity(), layer), 2 * x, 3, seed=1).outputs
+    torch.testing.assert_close(actual, expected)
+
+
+@SAMPLED
 def test_elbo_averages_samples_of_one_batch(estimator: Estimator) -> None:
     """Value and gradients of frozen samples are the mean of theirs one by one."""
     model, x, y = network(estimator), torch.randn(7, 5), torch.randint(3, (7,))

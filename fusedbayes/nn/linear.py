@@ -119,6 +119,10 @@ class BayesLinear(BayesModule):
             where |= {f"{name}_address": address for name, address in noise.addresses.items()}
         has_bias = bias[0] is not None
         with_kl = self._kl_wanted and self._kl_of_forward is None
+        if not torch.compiler.is_compiling() and (repeated := self._repeated) is not None:
+            # The very tensor, and not written to since.
+            if input is repeated.tensor and input._version == repeated.version:
+                input, where["same_input"] = repeated.batch, True
         y, kl = functional.bayes_linear(
             input,
             *weight,

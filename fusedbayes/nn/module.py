@@ -36,6 +36,19 @@ class MeanWeights:
     """Stands in for noise while `fusedbayes.mean_mode` is on: every weight is its posterior mean."""
 
 
+class Repeated(NamedTuple):
+    """A batch that was repeated for several Monte Carlo samples.
+
+    Attributes:
+        tensor: the repetition, with its version.
+        batch: what was repeated.
+    """
+
+    tensor: Tensor
+    version: int
+    batch: Tensor
+
+
 class FusedKL(NamedTuple):
     """The KL that a forward gave, and the parameters it was given for.
 
@@ -89,11 +102,13 @@ class BayesModule(nn.Module):
     # is written there too, past torch.nn.Module.__setattr__, which first looks for a parameter or module to register.
     _noises: tuple[FrozenNoise | MeanWeights, ...]  # of the contexts that are open; the last one counts
     _num_samples: int  # that the input holds a batch for each of
+    _repeated: Repeated | None  # what the input may be
     _kl_wanted: bool
     _kl_of_forward: FusedKL | None
     _TRANSIENT: ClassVar[dict[str, Any]] = {
         "_noises": (),
         "_num_samples": 1,
+        "_repeated": None,
         "_kl_wanted": False,
         "_kl_of_forward": None,
     }

@@ -20,8 +20,9 @@ from fusedbayes.ops import autograd, cpu, cuda, eager, fake
 # bayes_linear 1-D. Without with_kl no KL is computed, and the KL that is returned has no element; the prior is kept for
 # the backward pass all the same, so that a checkpointed forward saves the same tensors with and without. Likewise
 # gradients that are not needed, or of a bias that there is none of, have no element. The rows of x are num_samples
-# batches, one for each Monte Carlo sample from `sample` on. slope is what the local estimator keeps for its backward
-# pass, the outputs' derivative by their variance; of the other estimators it has no element.
+# batches, one for each Monte Carlo sample from `sample` on, or with same_input one batch for all of them. slope is what
+# the local estimator keeps for its backward pass, the outputs' derivative by their variance; of the other estimators it
+# has no element.
 _SCHEMAS = {
     "sample_weight": """(Tensor mu, Tensor rho, Tensor? prior_mu, Tensor? prior_sigma, Tensor seed, Tensor? sample,
         int[] address, ScalarType dtype, bool with_kl) -> (Tensor weight, Tensor kl)""",
@@ -30,8 +31,8 @@ _SCHEMAS = {
     "weight_kl": "(Tensor mu, Tensor rho, Tensor prior_mu, Tensor prior_sigma) -> Tensor",
     "bayes_linear": """(Tensor x, Tensor weight_mu, Tensor weight_rho, Tensor? weight_prior_mu,
         Tensor? weight_prior_sigma, Tensor? bias_mu, Tensor? bias_rho, Tensor? bias_prior_mu, Tensor? bias_prior_sigma,
-        Tensor seed, Tensor? sample, int[] weight_address, int[] bias_address, int num_samples, str estimator,
-        bool with_kl) -> (Tensor y, Tensor kl, Tensor slope)""",
+        Tensor seed, Tensor? sample, int[] weight_address, int[] bias_address, int num_samples, bool same_input,
+        str estimator, bool with_kl) -> (Tensor y, Tensor kl, Tensor slope)""",
     "bayes_linear_backward": """(Tensor grad_y, Tensor? grad_kl, Tensor slope, Tensor x, Tensor weight_mu,
         Tensor weight_rho, Tensor? weight_prior_mu, Tensor? weight_prior_sigma, Tensor? bias_mu, Tensor? bias_rho,
         Tensor? bias_prior_mu, Tensor? bias_prior_sigma, Tensor seed, Tensor? sample, int[] weight_address,

@@ -119,25 +119,28 @@ class _BayesLinear(_Operator):
             return _Operator.differentiable_backward(ctx, _BayesLinear.name, grad_y, grad_kl, None)
         x, *parameters, seed, sample, slope = ctx.saved_tensors
         weight, bias = parameters[:4], parameters[4:]
-        *addresses, num_samples, estimator, _ = ctx.rest
+        *addresses, num_samples, same_input, estimator, _ = ctx.rest
         needs_x, needs_weight, needs_bias = (any(ctx.needs_input_grad[i:j]) for i, j in ((0, 1), (1, 3), (5, 7)))
         if grad_y is None:
             grads = *_kl_gradients(grad_kl, weight, needs_weight), *_kl_gradients(grad_kl, bias, needs_bias)
-            return None, *grads, *[None] * 7
+            return None, *grads, *[None] * 8
         # A bias comes along with the weight.
         bias_or_none = bias if needs_bias else (None,) * 4
         grad_x, *grads = _call(
             "bayes_linear_backward",
-            *(grad_y, grad_kl, slope, x, *weight, *bias_or_none, seed, sample),
+            *(grad_y, grad_kl, slope, x.repeat(num_samples, 1) if same_input else x),
+            *(*weight, *bias_or_none, seed, sample),
             *(*addresses, num_samples, estimator, needs_x, needs_weight or needs_bias),
         )
         grad_weights, grad_biases = (grads[:2], grads[2:])
+        if same_input and needs_x:
+            grad_x = grad_x.view(num_samples, *x.shape).sum(0)
         return (
             grad_x if needs_x else None,
             *(grad_weights if needs_weight else (None, None)),
             *(None, None),
             *(grad_biases if needs_bias else (None, None)),
-            *[None] * 9,
+            *[None] * 10,
         )
 
 

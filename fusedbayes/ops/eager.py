@@ -98,9 +98,11 @@ def bayes_linear(
     weight_address: Sequence[int],
     bias_address: Sequence[int],
     num_samples: int,
+    same_input: bool,
     estimator: Estimator,
     with_kl: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    x = x.repeat(num_samples, 1) if same_input else x
     layer = (weight_mu, weight_rho, bias_mu, bias_rho)
     addresses = Address(*weight_address), Address(*bias_address)
     options: Any = {"num_samples": num_samples, "estimator": estimator}

@@ -66,10 +66,9 @@ class _Layer(NamedTuple):
     num_samples: int
     estimator: str
 
-    @property
-    def draw(self) -> Draw:
-        """What `pair` needs."""
-        return (self.seed, self.sample), self.weight_address, self.num_samples
+    def draw(self, rows: int) -> Draw:
+        """What `pair` needs, for so many rows of a sample."""
+        return Draw((self.seed, self.sample), self.weight_address, self.num_samples, rows)
 
     @property
     def output(self) -> Output:
@@ -102,6 +101,7 @@ def bayes_linear(
     weight_address: Sequence[int],
     bias_address: Sequence[int],
     num_samples: int,
+    same_input: bool,
     estimator: str,
     with_kl: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -110,11 +110,14 @@ def bayes_linear(
     if bias_mu is not None and bias_rho is not None:
         bias = Parameter(bias_mu, bias_rho, bias_prior_mu, bias_prior_sigma)
     layer = _Layer(weight, bias, seed, sample, weight_address, bias_address, num_samples, estimator)
+    draw = layer.draw(x.shape[0] if same_input else x.shape[0] // num_samples)
+    if same_input and estimator != "local":  # whose products are the same for all samples
+        x = x.repeat(num_samples, 1)
     (N, K), batches = weight_mu.shape, layer.batches(x.shape[0])
     keys = [Key(seed, batch.sample, weight_address) for batch in batches]
     problems = [make_problem(weight, key, with_kl=with_kl and not index) for index, key in enumerate(keys)]
     kl, drawn = _draw_bias(layer, batches, x.dtype, with_kl)
-    second_x, _ = second_operands(x, None, None, layer.draw, estimator)
+    second_x, _ = second_operands(x, None, None, draw, estimator)
     product = x.new_empty(x.shape[0], N)
     for columns in _blocks(N, K):
         sampled = _workspace.block(columns.stop - columns.start, K, x.dtype)
@@ -132,7 +135,7 @@ def bayes_linear(
     for (rows, _), b in zip(batches, drawn, strict=True):
         if b is not None and bias_mu is not None:
             _part(mean, 0, rows).add_(b if estimator == "flipout" else bias_mu)
-    y, slope = combine(mean, product, layer.draw, estimator)
+    y, slope = combine(mean, product, draw, estimator)
     return y, charge, slope
 
 
@@ -179,8 +182,8 @@ def bayes_linear_backward(
     if bias_mu is not None and bias_rho is not None:
         bias = Parameter(bias_mu, bias_rho, bias_prior_mu, bias_prior_sigma)
     layer = _Layer(weight, bias, seed, sample, weight_address, bias_address, num_samples, estimator)
-    batches = layer.batches(x.shape[0])
-    second_x, second_grad = second_operands(x, grad_y, slope, layer.draw, estimator)
+    batches, draw = layer.batches(x.shape[0]), layer.draw(x.shape[0] // num_samples)
+    second_x, second_grad = second_operands(x, grad_y, slope, draw, estimator)
     assert second_grad is not None
     activations = _Activations(x, grad_y, second_x, second_grad)
     grad_x = grad_y.new_empty(x.shape if needs_x else 0)
@@ -189,7 +192,7 @@ def bayes_linear_backward(
         grads = _accumulators(weight, len(batches))
     _pass(layer, batches, activations, grad_kl, grad_x if needs_x else None, grads if needs_weight else None)
     if needs_x and estimator != "shared":
-        grad_x = input_gradient(grad_y, grad_x, x, weight_mu, layer.draw, estimator)
+        grad_x = input_gradient(grad_y, grad_x, x, weight_mu, draw, estimator)
     if needs_weight and bias is not None:
         bias_grads = _bias_gradients(layer, bias, batches, activations, grad_kl)
     dmu, drho, dmu_bias, drho_bias = (g.to(weight_mu.dtype) for g in (*grads, *bias_grads))

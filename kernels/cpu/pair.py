@@ -5,6 +5,7 @@ tensors, of batch rows: PyTorch's operations on noise that the C++ draws.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +13,14 @@ from torch import Tensor
 from fusedbayes.kernels.cpu.sample import normal, words
 from fusedbayes.kernels.streams import FLIPOUT_INPUT, FLIPOUT_OUTPUT, LOCAL, sample_after
 
-Draw = tuple[tuple[Tensor, Tensor | None], Sequence[int], int]  # seed and first sample, the weight's address, samples
+
+class Draw(NamedTuple):
+    """Which noise rows have: seed and first sample, the weight's address, how many samples of how many rows each."""
+
+    key: tuple[Tensor, Tensor | None]
+    address: Sequence[int]
+    num_samples: int
+    rows: int
 
 
 def second_operands(
@@ -27,18 +35,20 @@ def second_operands(
 
 
 def combine(mean: Tensor, second: Tensor, draw: Draw, estimator: str) -> tuple[Tensor, Tensor]:
-    """y from both products (rows, N), and the slope, whose place they may take."""
+    """y (rows, N) from both products, and the slope; "local" takes products of one batch for all samples, too.
+
+    The results may take the place of the products.
+    """
     if estimator == "flipout":
         return mean.add_(_flip(second, draw, FLIPOUT_OUTPUT)), mean.new_empty(0)
-    key, (stream, row_offset, _), num_samples = draw
-    shape = second.shape[0] // num_samples, second.shape[1]
-    address = stream + LOCAL, 0, row_offset
-    zetas = [normal(shape, key[0], sample_after(key, index), address) for index in range(num_samples)]
-    zeta, std = zetas[0] if num_samples == 1 else torch.cat(zetas), second.float().sqrt_()
-    y = (mean.float() if mean.dtype != torch.float32 else mean).addcmul_(std, zeta).to(mean.dtype)
+    key, (stream, row_offset, _), num_samples, M = draw
+    N, address = mean.shape[1], (stream + LOCAL, 0, row_offset)
+    zetas = [normal((M, N), key[0], sample_after(key, index), address) for index in range(num_samples)]
+    zeta, std = torch.stack(zetas), second.float().sqrt_().view(-1, M, N)
+    y = torch.addcmul(mean.float().view(-1, M, N), std, zeta)
     # Where nothing varies the output has no derivative by its variance: 0.
-    slope = zeta.div_(std.mul_(2.0)).masked_fill_(std == 0.0, 0.0)
-    return y, slope.to(mean.dtype)
+    slope = zeta.div_(2.0 * std).masked_fill_(std == 0.0, 0.0)
+    return y.view(-1, N).to(mean.dtype), slope.view(-1, N).to(mean.dtype)
 
 
 def input_gradient(
@@ -51,8 +61,8 @@ def input_gradient(
 
 def _flip(tensor: Tensor, draw: Draw, role: int) -> Tensor:
     """The tensor (rows, columns) with the random signs of its rows and columns."""
-    key, (stream, row_offset, column_offset), num_samples = draw
-    rows, columns = tensor.shape[0] // num_samples, tensor.shape[1]
+    key, (stream, row_offset, column_offset), num_samples, rows = draw
+    columns = tensor.shape[1]
     offset = column_offset if role == FLIPOUT_INPUT else row_offset
     # A word for 32 columns: as addressed, the word of one column of a tensor with a 32nd of them.
     first, end = offset // 32, -(-(offset + columns) // 32)
