@@ -19,10 +19,11 @@ BLOCK = 1024  # outputs of a program
 def _combine_kernel(
     y_ptr,  # (rows, N)
     slope_ptr,  # (rows, N), or None
-    first_ptr,  # (SPLITS, rows, N), each split `stride_split` after the one before
+    first_ptr,  # (SPLITS, products, N), each split `stride_split` after the one before
     second_ptr,  # likewise
     seed_ptr,  # () int64
     sample_ptr,  # () int64, or None for 0
+    products,  # rows of the products: as many as of y, or those of the one batch that all samples share
     M,  # rows of a Monte Carlo sample
     N,
     stride_split,
@@ -49,7 +50,7 @@ def _combine_kernel(
     first = tl.zeros((BLOCK // 4, 4), tl.float32)
     second = first
     for split in tl.static_range(SPLITS):
-        here = start + split * tl.cast(stride_split, tl.int64)
+        here = (row % products).to(tl.int64) * N + column + split * tl.cast(stride_split, tl.int64)
         first += load_quads(first_ptr + here, columns, exist, 0.0, WHOLE_QUADS)
         second += load_quads(second_ptr + here, columns, exist, 0.0, WHOLE_QUADS)
     seed, sample = load_key(seed_ptr, sample_ptr)
@@ -81,7 +82,7 @@ def combine(
     """Fills y (rows, N) from both products (splits, rows, N); returns the slope, without an element if there is none.
 
     Args:
-        first, second: of the same strides between splits, row-major in each.
+        first, second: of the same strides between splits, row-major in each; perhaps of fewer rows, which repeat.
         key: the seed, and the first Monte Carlo sample.
         address: of the weight's noise.
         num_samples: that divide the rows.
@@ -99,6 +100,7 @@ def combine(
         first,
         second,
         *key,
+        first.shape[1],
         rows // num_samples,
         N,
         first.stride(0),

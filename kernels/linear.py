@@ -57,6 +57,7 @@ def _linear_forward_kernel(
     EVEN_N: tl.constexpr,  # BLOCK_N divides N
     EVEN_K: tl.constexpr,  # BLOCK_K divides K
     X_QUADS: tl.constexpr,  # x has whole quads of adjacent columns
+    SAME_INPUT: tl.constexpr,  # x is (M, K), one batch for all samples
     KL_ROWS: tl.constexpr,  # that the threads cover at once: a thread adds up the rows that it has
     DOT_DTYPE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
@@ -98,7 +99,7 @@ def _linear_forward_kernel(
         if EVEN_N:
             exist = tl.full((BLOCK_N, 1), True, tl.int1)  # folded
         charge = open_charge(weight, start, exist, KL_ROWS)
-    stride_xs = stride_xm.to(tl.int64) * M
+    stride_xs = tl.zeros((), tl.int64) if SAME_INPUT else stride_xm.to(tl.int64) * M
     tiles = Tiles(
         x_ptr,
         x_offsets,
@@ -164,14 +165,16 @@ def _single_pass(
     key: tuple[Tensor, Tensor | None],
     addresses: tuple[Sequence[int], Sequence[int]],
     num_samples: int,
+    same_input: bool,
     estimator: str,
     with_kl: bool,
     config: MatmulConfig,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    (rows, K), N = x.shape, weight[0].shape[0]
-    # Without noise of the weights all samples are one batch.
-    batches = 1 if estimator == "local" else num_samples
-    M, pair = rows // batches, estimator != "shared"
+    N, K = weight[0].shape
+    rows = num_samples * x.shape[0] if same_input else x.shape[0]
+    # Without noise of the weights all samples are one batch, or their products those of the one that they share.
+    batches, products = (1, x.shape[0]) if estimator == "local" else (num_samples, rows)
+    M, pair = products // batches, estimator != "shared"
     x = with_near_rows(x, max(config.block_m, config.block_k))
     stream, row_offset, column_offset = addresses[0]
     tiles_n, tiles_k = triton.cdiv(N, config.block_n), triton.cdiv(K, config.block_k)
@@ -179,7 +182,7 @@ def _single_pass(
     splits = triton.cdiv(tiles_k, tiles_per_split)
     samples = 1 if pair else config.samples
     y = x.new_empty((rows, N))
-    partial = x.new_empty((splits, 2, rows, N), dtype=torch.float32) if pair else partial_results(y, splits)
+    partial = x.new_empty((splits, 2, products, N), dtype=torch.float32) if pair else partial_results(y, splits)
     kl = new_total(x, splits * tiles_n) if with_kl else None
     _linear_forward_kernel[(triton.cdiv(batches, samples) * tiles_n, splits, triton.cdiv(M, config.block_m))](
         partial,
@@ -201,6 +204,7 @@ def _single_pass(
         EVEN_N=N % config.block_n == 0,
         EVEN_K=K % config.block_k == 0,
         X_QUADS=whole_quads(x.stride()),
+        SAME_INPUT=same_input,
         KL_ROWS=min(config.block_n, max(1, 4 * 32 * config.num_warps // config.block_k)),
         **dot_options(x),
         ESTIMATOR=estimator,
@@ -280,9 +284,8 @@ def bayes_linear(
     config: MatmulConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, the KL of weight and bias, and the slope; see the operator of this name."""
-    x = x.repeat(num_samples, 1) if same_input else x
-    rows = x.shape[0] if estimator == "local" else x.shape[0] // num_samples
-    shape = (rows, *weight_mu.shape)
+    one_batch = same_input or estimator == "local"
+    shape = (x.shape[0] if one_batch else x.shape[0] // num_samples, *weight_mu.shape)
     config = config or select_config("forward", shape, x.dtype, capability(x), allow_tf32(), num_samples, estimator)
     weight = (weight_mu, weight_rho, weight_prior_mu, weight_prior_sigma)
     bias = (bias_mu, bias_rho, bias_prior_mu, bias_prior_sigma)
@@ -290,5 +293,6 @@ def bayes_linear(
     # Flipout's signs of a tile of columns come from one block of them.
     aligned = weight_address[2] % (config.block_k if estimator == "flipout" else 4) == 0
     if config.single_pass and fits("forward", config, shape) and aligned:
-        return _single_pass(x, weight, bias, key, addresses, num_samples, estimator, with_kl, config)
+        return _single_pass(x, weight, bias, key, addresses, num_samples, same_input, estimator, with_kl, config)
+    x = x.repeat(num_samples, 1) if same_input else x
     return _in_two_passes(x, weight, bias, key, addresses, num_samples, estimator, with_kl)
