@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fusedbayes import folding
+from fusedbayes.arguments import check_estimator
 from fusedbayes.checks import check_count, check_non_negative, describe
-from fusedbayes.functional import check_estimator
 from fusedbayes.nn.module import (
     BayesModule,
     FrozenNoise,

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusedbayes import functional, reference
+from fusedbayes.arguments import check_estimator, check_linear
 from fusedbayes.checks import check_count, check_number, describe
 from fusedbayes.nn.module import BayesModule, FrozenNoise, FusedKL, MeanWeights, check_fits
 from fusedbayes.reference import Estimator
@@ -93,7 +94,7 @@ class BayesLinear(BayesModule):
 
     @estimator.setter
     def estimator(self, value: Estimator) -> None:
-        functional.check_estimator(value)
+        check_estimator(value)
         self._estimator = value
 
     @torch.no_grad()
@@ -112,7 +113,7 @@ class BayesLinear(BayesModule):
         noise = self._noises[-1] if self._noises else None
         weight, bias = self.posterior("weight"), self.posterior("bias")
         if isinstance(noise, MeanWeights):
-            return F.linear(functional.check_linear(input, *weight, *bias), weight[0], bias[0])
+            return F.linear(check_linear(input, *weight, *bias), weight[0], bias[0])
         where: dict[str, Any] = {"estimator": self._estimator, "num_samples": self._num_samples}
         if isinstance(noise, FrozenNoise):
             where |= {"seed": noise.seed, "sample": noise.sample, "estimator": noise.estimator or self._estimator}
