@@ -114,6 +114,13 @@ def drawing(layers: Iterable[BayesModule], num_samples: int, x: Any) -> Iterator
         for layer, _ in before:
             vars(layer).update(changes)
         yield folded
+    except Exception as error:
+        if num_samples > 1 and hasattr(error, "add_note"):  # Python 3.11
+            error.add_note(
+                f"The model ran on {num_samples} Monte Carlo samples as one batch, repeated along dimension 0; "
+                "samples_at_once=1 runs them one after another."
+            )
+        raise
     finally:
         for layer, state in before:
             vars(layer).update(state)

@@ -91,7 +91,7 @@ def combine(
     rows, N = y.shape
     stream, row_offset, _ = address
     shift = row_offset % 4
-    slope = y.new_empty(y.shape if estimator == "local" else 0)
+    slope = y.new_empty(y.shape if estimator == "local" else (0, num_samples))
     if y.numel() == 0:
         return slope
     _combine_kernel[(rows * triton.cdiv(N + shift, BLOCK),)](

@@ -218,7 +218,7 @@ def _single_pass(
     )
     if pair:
         return y, value_of(kl, x), combine(y, partial[:, 0], partial[:, 1], key, addresses[0], num_samples, estimator)
-    return reduce(y, partial, splits), value_of(kl, x), x.new_empty(0)
+    return reduce(y, partial, splits), value_of(kl, x), x.new_empty(0, num_samples)
 
 
 def _in_two_passes(
@@ -251,7 +251,7 @@ def _in_two_passes(
             _multiply(first[rows], x[rows], mu, bias_mu if estimator == "local" else sampled_bias)
     assert total is not None
     if not pair:
-        return y, total, x.new_empty(0)
+        return y, total, x.new_empty(0, num_samples)
     return y, total, combine(y, first[None], second[None], key, addresses[0], num_samples, estimator)
 
 

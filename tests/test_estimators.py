@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import fusedbayes as fb
 from fusedbayes import BayesLinear, functional, noise, reference
@@ -192,6 +193,29 @@ def test_elbo_averages_samples_of_one_batch(estimator: Estimator) -> None:
     expected = torch.autograd.grad(torch.stack(losses).mean(), parameters)
     torch.testing.assert_close(out.nll, torch.stack(losses).mean())
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)  # sums of 21 rows in another order
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+@SAMPLED
+def test_a_checkpoint_is_repeated_for_as_many_samples(estimator: Estimator, use_reentrant: bool) -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self, body: nn.Module) -> None:
+            super().__init__()
+            self.body = body
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.body, x, use_reentrant=use_reentrant)
+
+    model, x, y = network(estimator), torch.randn(7, 5, requires_grad=True), torch.randint(3, (7,))
+    results = []
+    for each in (model, Checkpointed(model)):
+        torch.manual_seed(5)
+        out = fb.ELBO(each, F.cross_entropy, 100, num_samples=3)(x, y)
+        fb.ELBO(each, F.cross_entropy, 100)(x, y)  # of one sample, meanwhile, and not differentiated
+        model.zero_grad()
+        out.loss.backward()
+        results.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(*results)
 
 
 class TwoInputs(nn.Module):

@@ -202,12 +202,24 @@ def test_backward_keeps_nothing_but_its_inputs_and_the_seed(leading: tuple[int, 
     assert len(kept) == 10 + 1
     existing = {tensor.untyped_storage().data_ptr() for tensor in (*inputs.values(), *problem.weight, *problem.bias)}
     new = [tensor for tensor in kept if tensor.untyped_storage().data_ptr() not in existing]
-    assert {(tensor.shape, tensor.dtype) for tensor in new} == {((), torch.int64), ((0,), torch.float32)}
+    assert {(tensor.shape, tensor.dtype) for tensor in new} == {((), torch.int64), ((0, 1), torch.float32)}
     assert sum(tensor.untyped_storage().nbytes() for tensor in new) == 8
     # Nor does a node of the graph hold a tensor by another road.
     nodes = [y.grad_fn, *(node for node, _ in y.grad_fn.next_functions)]
     assert not any(isinstance(value, Tensor) for node in nodes for value in getattr(node, "__dict__", {}).values())
     (y.sum() + (kl if with_kl else 0.0)).backward()  # and that is enough for it
+
+
+@pytest.mark.parametrize(("estimator", "num_samples"), CASES)
+def test_numerical_derivatives_of_estimators_and_samples(estimator: Estimator, num_samples: int) -> None:
+    problem = double_problem((2, 3, 4), prior="none", num_samples=num_samples)
+    inputs = list(leaves(problem, ALL_INPUTS).values())
+
+    def run(*tensors: Tensor) -> Tensor:
+        return functional.bayes_linear(*tensors, seed=3, num_samples=num_samples, estimator=estimator)[0]
+
+    assert torch.autograd.gradcheck(run, inputs)
+    assert torch.autograd.gradgradcheck(run, inputs)
 
 
 def test_local_keeps_one_number_for_each_output() -> None:

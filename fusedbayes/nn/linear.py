@@ -114,14 +114,14 @@ class BayesLinear(BayesModule):
         weight, bias = self.posterior("weight"), self.posterior("bias")
         if isinstance(noise, MeanWeights):
             return F.linear(check_linear(input, *weight, *bias), weight[0], bias[0])
-        where: dict[str, Any] = {"estimator": self._estimator, "num_samples": self._num_samples}
+        where: dict[str, Any] = {"estimator": self._estimator, "num_samples": self._samples_in(input)}
         if isinstance(noise, FrozenNoise):
             where |= {"seed": noise.seed, "sample": noise.sample, "estimator": noise.estimator or self._estimator}
             where |= {f"{name}_address": address for name, address in noise.addresses.items()}
         has_bias = bias[0] is not None
         with_kl = self._kl_wanted and self._kl_of_forward is None
-        if not torch.compiler.is_compiling() and (repeated := self._repeated) is not None:
-            # The very tensor, and not written to since.
+        if not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and (repeated := self._repeated) is not None:
+            # The very tensor, and not written to since. With gradients a checkpoint would not find it again.
             if input is repeated.tensor and input._version == repeated.version:
                 input, where["same_input"] = repeated.batch, True
         y, kl = functional.bayes_linear(

@@ -102,12 +102,14 @@ class BayesModule(nn.Module):
     # is written there too, past torch.nn.Module.__setattr__, which first looks for a parameter or module to register.
     _noises: tuple[FrozenNoise | MeanWeights, ...]  # of the contexts that are open; the last one counts
     _num_samples: int  # that the input holds a batch for each of
+    _samples_of_rows: tuple[tuple[int, int], ...]  # rows of an input, and what _num_samples was when it last came
     _repeated: Repeated | None  # what the input may be
     _kl_wanted: bool
     _kl_of_forward: FusedKL | None
     _TRANSIENT: ClassVar[dict[str, Any]] = {
         "_noises": (),
         "_num_samples": 1,
+        "_samples_of_rows": (),
         "_repeated": None,
         "_kl_wanted": False,
         "_kl_of_forward": None,
@@ -121,6 +123,19 @@ class BayesModule(nn.Module):
     def is_held(self) -> bool:
         """Whether `fusedbayes.frozen_sample` or `fusedbayes.mean_mode` decides at present what the layer draws."""
         return bool(self._noises)
+
+    def _samples_in(self, input: Tensor) -> int:
+        """For how many Monte Carlo samples the input of this forward holds a batch each."""
+        number, known = self._num_samples, self._samples_of_rows
+        if (number == 1 and not known) or torch.compiler.is_compiling():
+            return number
+        rows = input.shape[0] if isinstance(input, Tensor) and input.dim() > 0 else 0
+        if torch._C._current_graph_task_id() != -1:
+            # Repeated within a backward pass, for a checkpoint: the context that said how many is left.
+            return dict(known).get(rows, 1)
+        if (rows, number) not in known:
+            vars(self)["_samples_of_rows"] = tuple({**dict(known), rows: number}.items())
+        return number
 
     def names(self) -> list[str]:
         """The random tensors that the layer has: without a bias, "bias" is not among them."""

@@ -22,7 +22,7 @@ from fusedbayes.ops import autograd, cpu, cuda, eager, fake
 # gradients that are not needed, or of a bias that there is none of, have no element. The rows of x are num_samples
 # batches, one for each Monte Carlo sample from `sample` on, or with same_input one batch for all of them. slope is what
 # the local estimator keeps for its backward pass, the outputs' derivative by their variance; of the other estimators it
-# has no element.
+# has no element and the shape (0, num_samples), by which a checkpoint that is repeated for another number is found out.
 _SCHEMAS = {
     "sample_weight": """(Tensor mu, Tensor rho, Tensor? prior_mu, Tensor? prior_sigma, Tensor seed, Tensor? sample,
         int[] address, ScalarType dtype, bool with_kl) -> (Tensor weight, Tensor kl)""",

@@ -107,7 +107,7 @@ def bayes_linear(
     addresses = Address(*weight_address), Address(*bias_address)
     options: Any = {"num_samples": num_samples, "estimator": estimator}
     y = reference.bayes_linear(x, *layer, seed, _or_zero(sample), *addresses, **options)
-    slope = x.new_empty(0)
+    slope = x.new_empty(0, num_samples)
     if estimator == "local":
         slope = _slope(x, layer, seed, _or_zero(sample), addresses[0], num_samples)
     kl = _no_kl(weight_mu)

@@ -28,7 +28,7 @@ def weight_kl(mu: Tensor, *_: Any) -> Tensor:
 def bayes_linear(x: Tensor, weight_mu: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     *_, num_samples, same_input, estimator, with_kl = rest
     y = x.new_empty((num_samples * x.shape[0] if same_input else x.shape[0], weight_mu.shape[0]))
-    return y, _kl(weight_mu, with_kl), x.new_empty(y.shape if estimator == "local" else 0)
+    return y, _kl(weight_mu, with_kl), x.new_empty(y.shape if estimator == "local" else (0, num_samples))
 
 
 def bayes_linear_backward(

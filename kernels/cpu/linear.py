@@ -130,7 +130,7 @@ def bayes_linear(
                 torch.addmm(_part(b, 0, columns), operand, sampled.t(), out=out)
     charge = kl_tensor(kl, weight_mu, with_kl)
     if estimator == "shared":
-        return product, charge, x.new_empty(0)
+        return product, charge, x.new_empty(0, num_samples)
     mean = x @ weight_mu.to(x.dtype).t()
     for (rows, _), b in zip(batches, drawn, strict=True):
         if b is not None and bias_mu is not None:

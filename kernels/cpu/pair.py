@@ -40,7 +40,7 @@ def combine(mean: Tensor, second: Tensor, draw: Draw, estimator: str) -> tuple[T
     The results may take the place of the products.
     """
     if estimator == "flipout":
-        return mean.add_(_flip(second, draw, FLIPOUT_OUTPUT)), mean.new_empty(0)
+        return mean.add_(_flip(second, draw, FLIPOUT_OUTPUT)), mean.new_empty(0, draw.num_samples)
     key, (stream, row_offset, _), num_samples, M = draw
     N, address = mean.shape[1], (stream + LOCAL, 0, row_offset)
     zetas = [normal((M, N), key[0], sample_after(key, index), address) for index in range(num_samples)]
