@@ -86,8 +86,8 @@ class KernelLaunch(NamedTuple):
 
     @property
     def draws(self) -> bool:
-        """Whether it needs noise, and not only the KL."""
-        return self.arguments.get("seed_ptr") is not None
+        """Whether it draws weights, or what takes their place in a product, and not only the KL or noise of outputs."""
+        return self.arguments.get("seed_ptr") is not None and "weight" in self.arguments
 
     @property
     def bytes(self) -> int:
@@ -102,11 +102,20 @@ class KernelLaunch(NamedTuple):
 
 
 class Operation(NamedTuple):
-    """One of PyTorch's own operations: its name, the bytes it reads and writes, and its floating-point operations."""
+    """One of PyTorch's own operations, or of Inductor's.
+
+    Attributes:
+        bytes: that it reads and writes.
+        flop: floating-point operations of a matrix product.
+        instructions, special: of all its threads, the results of the special-function unit among them, if they are
+            counted.
+    """
 
     name: str
     bytes: int
-    flop: int
+    flop: int = 0
+    instructions: float = 0.0
+    special: float = 0.0
 
 
 @contextlib.contextmanager
@@ -130,13 +139,21 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if operator.namespace == "fusedbayes":
-            arguments = (a.as_subclass(OnGpu) if isinstance(a, Tensor) else a for a in args)
+            arguments = [a.as_subclass(OnGpu) if isinstance(a, Tensor) else a for a in args]
+            if operator._schema.name == "fusedbayes::bayes_linear_backward":
+                # Shim, to be dropped: the launcher takes neither slope nor num_samples and estimator yet.
+                assert arguments[-4:-2] == [1, "shared"]
+                arguments = [*arguments[:2], *arguments[3:-4], *arguments[-2:]]
             with self:
                 return getattr(kernels, operator._schema.name.split("::")[1])(*arguments)
         result = operator(*args, **(kwargs or {}))
         name = operator._schema.name.split("::")[1]
-        tensors = [value for value in tree_leaves((args, kwargs, result)) if isinstance(value, Tensor)]
-        if tensors and name not in ALLOCATIONS and not operator.is_view:
+        # What an operator is to write to, it returns.
+        given = {name: value for name, value in (kwargs or {}).items() if name != "out"}
+        tensors = [value for value in tree_leaves((args, given, result)) if isinstance(value, Tensor)]
+        # Of the operators that may return a view, a conversion to another dtype copies all the same.
+        is_view = result is args[0] if name == "to" else operator.is_view
+        if tensors and name not in ALLOCATIONS and not is_view:
             flop = 2 * tensors[-3].numel() * tensors[-2].shape[-1] if name in PRODUCTS else 0
             moved = sum(map(_size, tensors))
             self.launches.append(Operation(name, moved, flop))

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from fusedbayes.kernels.gaussian import sigma_from_rho
-from fusedbayes.kernels.math import anew
+from fusedbayes.kernels.math import anew, once
 from fusedbayes.kernels.noise import FLIPOUT_INPUT, negative_tile, normal_tile
 from fusedbayes.kernels.parameter import load_elements
 from fusedbayes.kernels.tile_kl import add_kl
@@ -97,6 +97,8 @@ def step(
         mean = _dot(mu, x, products[0], X_DTYPE, DOT_DTYPE, INPUT_PRECISION)
         wide = x.to(tl.float32)  # the interpreter would negate the bits of a bf16
         if ESTIMATOR == "local":
+            if tiles.charge is not None:
+                sigma = once(sigma, tile_k)
             # Squares of fp16 would overflow and underflow.
             SQUARES: tl.constexpr = tl.bfloat16 if tl.float16 == X_DTYPE else X_DTYPE
             SQUARES_DOT: tl.constexpr = DOT_DTYPE if tl.float32 == DOT_DTYPE else SQUARES

@@ -62,8 +62,15 @@ def select_config(
         config = replace(config, block_n=config.block_n // 2)
     elif pair:
         config = replace(config, block_m=max(16, config.block_m // 2))
+        if estimator == "flipout" and config.block_m >= 64:
+            # The signs of x need registers too.
+            config = replace(config, block_k=32, unroll=1)
     elif num_samples > 1 and kernel == "forward":
-        config = _with_samples(config, num_samples, arithmetic, architecture)
+        config = _with_samples(config, K, num_samples, arithmetic, architecture)
+    crowded = architecture >= 100 or (pair and architecture < 90)
+    if crowded and kernel == "forward" and config.block_m == 64 and K % config.block_k != 0:
+        # With priors that are loaded a masked last step of 64 columns would spill.
+        config = replace(config, block_k=32)
     multiprocessors = _latest(MULTIPROCESSORS, architecture)
     few_tiles = triton.cdiv(N, config.block_n) * triton.cdiv(K, config.block_k) < multiprocessors
     if kernel == "backward_weight" and few_tiles and M % config.block_m == 0:
@@ -73,19 +80,21 @@ def select_config(
     # The masked last step of a sum that the tile does not divide costs registers and instructions, of which a tile with
     # many batch rows has none to spare: it would spill, or be over its budget.
     remainder = {"forward": K % config.block_k, "backward_input": N % config.block_n, "backward_weight": 0}[kernel]
-    crowded = config.block_m >= 128 and remainder != 0
-    if not config.single_pass or crowded or not fits(kernel, config, shape):
+    if not config.single_pass or (config.block_m >= 128 and remainder != 0) or not fits(kernel, config, shape):
         return SAMPLE_ONCE
     return replace(config, splits=_splits(kernel, config, shape, multiprocessors, num_samples))
 
 
-def _with_samples(config: MatmulConfig, num_samples: int, arithmetic: str, architecture: int) -> MatmulConfig:
+def _with_samples(config: MatmulConfig, K: int, num_samples: int, arithmetic: str, architecture: int) -> MatmulConfig:
     """A program that draws several Monte Carlo samples from one mu and sigma, if their results have registers.
 
     Eight samples of 16 batch rows have; sm_100, whose products write elsewhere, has room for the operands of four. A
-    tile of 32 columns is what is left for the weights.
+    masked last step takes half of it. A tile of 32 columns is what is left for the weights.
     """
-    samples = min(128 // config.block_m, 8 if architecture < 100 else 4, 1 << (num_samples - 1).bit_length())
+    samples = min(128 // config.block_m, 8 if architecture < 100 else 4)
+    if K % 32 != 0:
+        samples //= 2
+    samples = min(samples, 1 << (num_samples - 1).bit_length())
     if arithmetic != "16-bit" or not config.single_pass or samples < 2:
         return config
     return replace(config, samples=samples, block_k=32, num_stages=3)
