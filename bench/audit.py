@@ -65,6 +65,7 @@ class Layer(NamedTuple):
         parameters: their dtype.
         num_samples: Monte Carlo samples.
         estimator: "shared", "local" or "flipout".
+        same_input: the samples share one batch, as in the first layer of a prediction.
     """
 
     rows: int
@@ -76,6 +77,7 @@ class Layer(NamedTuple):
     parameters: torch.dtype = torch.float32
     num_samples: int = 1
     estimator: Estimator = "shared"
+    same_input: bool = False
 
     @property
     def has_backward(self) -> bool:
@@ -84,7 +86,7 @@ class Layer(NamedTuple):
 
     def run(self, with_backward: bool = True) -> None:
         """Forward and backward on tensors without data."""
-        M, (N, K) = self.rows * self.num_samples, self.shape
+        M, (N, K) = self.rows * (1 if self.same_input else self.num_samples), self.shape
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.operands, torch.float32)
         shapes: tuple[tuple[int, ...], ...] = ((N, K), (N,)) if self.prior_per_weight else ((), ())
         weight_prior, bias_prior = ([on_gpu(*s) if self.with_kl else None for _ in range(2)] for s in shapes)
@@ -95,7 +97,7 @@ class Layer(NamedTuple):
         noise = draw_seed("meta"), sample, (0, 0, 3 if self.shard else 0), (1, 0, 0)
         before, torch.backends.cuda.matmul.fp32_precision = torch.backends.cuda.matmul.fp32_precision, self._precision
         try:
-            how = self.num_samples, self.estimator, self.with_kl
+            how = self.num_samples, self.same_input, self.estimator, self.with_kl
             y, kl, _ = ops.bayes_linear(x, *weight, *weight_prior, *bias, *bias_prior, *noise, *how)
             if with_backward and self.has_backward:
                 outputs = [y, kl] if self.with_kl else [y]
@@ -281,12 +283,16 @@ def predictions_table(facts: list[Facts]) -> str:
 def samples_table(facts: list[Facts]) -> str:
     """Predicted times of several Monte Carlo samples, beside as many forward passes of the compiled clean layer."""
     known = {f.variant: f for f in facts}
-    columns = ("samples", "estimator", "launches", "predicted", "limited by", "memory floor", "matmul floor")
-    lines = [f"| {' | '.join((*columns, 'clean layer', 'times as fast'))} |", "|---:|---|---:|---:|---|" + 4 * "---:|"]
+    columns = ("samples", "estimator", "input", "launches", "predicted", "limited by", "memory floor", "matmul floor")
+    columns += ("clean layer", "times as fast")
+    lines = [f"| {' | '.join(columns)} |", "|---:|---|---|---:|---:|---|" + 4 * "---:|"]
     theirs = roofline.clean_layer(MONTE_CARLO_ROWS, SQUARE, False, False, sampling_cost(with_kl=False))
     clean = roofline.predict_all(theirs, known).seconds
-    for samples, estimator in product(PREDICTED_SAMPLES, ESTIMATORS):
-        layer = Layer(MONTE_CARLO_ROWS, SQUARE, with_kl=False, num_samples=samples, estimator=estimator)
+    for samples, estimator, same in product(PREDICTED_SAMPLES, ESTIMATORS, (True, False)):
+        if samples == 1 and not same:
+            continue
+        how = {"num_samples": samples, "estimator": estimator, "same_input": same}
+        layer = Layer(MONTE_CARLO_ROWS, SQUARE, with_kl=False, **how)
         ours = record(partial(layer.run, False), 90)
         total = roofline.predict_all(ours, known)
         case = Case("prediction", square(SQUARE[0]), MONTE_CARLO_ROWS, "bf16", samples)
@@ -295,6 +301,7 @@ def samples_table(facts: list[Facts]) -> str:
         cells = [
             samples,
             estimator,
+            "one" if same else "each its own",
             len(ours),
             predicted,
             _limit(total),

@@ -286,7 +286,8 @@ def bayes_linear(
     """y, the KL of weight and bias, and the slope; see the operator of this name."""
     one_batch = same_input or estimator == "local"
     shape = (x.shape[0] if one_batch else x.shape[0] // num_samples, *weight_mu.shape)
-    config = config or select_config("forward", shape, x.dtype, capability(x), allow_tf32(), num_samples, estimator)
+    batches = 1 if estimator == "local" else num_samples
+    config = config or select_config("forward", shape, x.dtype, capability(x), allow_tf32(), batches, estimator)
     weight = (weight_mu, weight_rho, weight_prior_mu, weight_prior_sigma)
     bias = (bias_mu, bias_rho, bias_prior_mu, bias_prior_sigma)
     key, addresses = (seed, sample), (weight_address, bias_address)
