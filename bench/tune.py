@@ -74,7 +74,8 @@ def launcher(kernel: str, shape: tuple[int, int, int], dtype: torch.dtype, devic
 
     def run(config: MatmulConfig) -> tuple[Tensor, ...]:
         if kernel == "forward":
-            return kernels.bayes_linear(x, mu, rho, *prior, *no_bias, *noise, (1, 0, 0), True, config=config)
+            how = 1, False, "shared", True
+            return kernels.bayes_linear(x, mu, rho, *prior, *no_bias, *noise, (1, 0, 0), *how, config=config)[:2]
         if kernel == "backward_input":
             return (kernels.bayes_linear_backward_input(grad_y, mu, rho, *noise, config=config),)
         return kernels.bayes_linear_backward_weight(

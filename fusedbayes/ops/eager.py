@@ -134,7 +134,7 @@ def _slope(
     zeta = [reference.local_noise(rows, weight[0], (seed, sample + index), address) for index in range(num_samples)]
     slope = torch.where(std > 0.0, torch.cat(zeta) / (2.0 * std), 0.0)
     most = torch.finfo(x.dtype).max
-    return slope.clamp_(-most, most).to(x.dtype)
+    return slope.clamp(-most, most).to(x.dtype)
 
 
 def bayes_linear_backward(

@@ -44,11 +44,12 @@ def combine(mean: Tensor, second: Tensor, draw: Draw, estimator: str) -> tuple[T
     key, (stream, row_offset, _), num_samples, M = draw
     N, address = mean.shape[1], (stream + LOCAL, 0, row_offset)
     zetas = [normal((M, N), key[0], sample_after(key, index), address) for index in range(num_samples)]
-    zeta, std = torch.stack(zetas), second.float().sqrt_().view(-1, M, N)
-    y = torch.addcmul(mean.float().view(-1, M, N), std, zeta)
+    batches = num_samples if len(mean) == num_samples * M else 1
+    zeta, std = torch.stack(zetas), second.float().sqrt_().view(batches, M, N)
+    y = torch.addcmul(mean.float().view(batches, M, N), std, zeta)
     # Where nothing varies the output has no derivative by its variance: 0.
     slope = zeta.div_(2.0 * std).masked_fill_(std == 0.0, 0.0)
-    return y.view(-1, N).to(mean.dtype), slope.view(-1, N).to(mean.dtype)
+    return y.flatten(0, 1).to(mean.dtype), slope.flatten(0, 1).to(mean.dtype)
 
 
 def input_gradient(
