@@ -24,7 +24,11 @@ def passes(library: native.Library) -> dict[str, Callable[[], object]]:
     mu, rho = torch.randn(SIZE, SIZE), torch.full((SIZE, SIZE), -4.0)
     parameter = Parameter(mu, rho, torch.tensor(0.0), torch.tensor(0.05))
     key, result = Key(torch.tensor(5), None, Address()), torch.empty_like(mu)
-    gradients = {"grad_mu": torch.empty_like(mu), "grad_rho": torch.empty_like(mu), "grad_product": torch.randn_like(mu)}
+    gradients = {
+        "grad_mu": torch.empty_like(mu),
+        "grad_rho": torch.empty_like(mu),
+        "grad_product": torch.randn_like(mu),
+    }
     plain = make_problem(parameter, key, with_kl=False)
     charged = make_problem(parameter, key, with_kl=True)
     backward = make_problem(parameter, key, with_kl=True, grad_kl=torch.tensor(1.0), **gradients)

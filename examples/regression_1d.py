@@ -111,13 +111,9 @@ def evaluate(model: nn.Sequential, data: Data, estimator: Estimator, seconds: fl
     # and "flipout" each row has noise of its own: the same mean and spread at each x, but ragged lines.
     curves = fb.predict(model, data.grid, num_samples=500, seed=0, estimator="shared")
     held_out = fb.predict(model, data.x_test, num_samples=500, seed=0, estimator="shared")
-    # Likewise for function draws; frozen_sample takes the layers' own estimator, so that is switched.
-    for module in model.modules():
-        if isinstance(module, fb.BayesLinear):
-            module.estimator = "shared"
     draws = []
     for sample in range(DRAWS):
-        with torch.no_grad(), fb.frozen_sample(model, seed=0, sample=sample):
+        with torch.no_grad(), fb.frozen_sample(model, seed=0, sample=sample, estimator="shared"):
             draws.append(model(data.grid))
     log_likelihoods = torch.stack([-nll(output, data.y_test) for output in held_out.outputs])
     log_mean = log_likelihoods.logsumexp(0) - math.log(len(log_likelihoods))

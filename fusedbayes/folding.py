@@ -20,6 +20,8 @@ LARGEST_INPUT = 2**24
 def samples_at_once(x: Any, num_samples: int, wanted: int | None) -> int:
     """How many samples are folded into one batch: `wanted`, or as many as make an input of LARGEST_INPUT numbers.
 
+    By default none are where a tensor has a single dimension, which may be one example without a batch.
+
     Raises:
         TypeError, ValueError: `wanted` is not a count.
     """
@@ -28,8 +30,8 @@ def samples_at_once(x: Any, num_samples: int, wanted: int | None) -> int:
     if wanted is not None:
         return min(num_samples, check_count(wanted, "samples_at_once"))
     tensors = _tensors(x)
-    if not tensors:
-        return 1  # not an input that could be folded
+    if not tensors or any(tensor.dim() == 1 for tensor in tensors):
+        return 1
     return max(1, min(num_samples, LARGEST_INPUT // max(1, *(tensor.numel() for tensor in tensors))))
 
 

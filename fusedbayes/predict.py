@@ -150,7 +150,7 @@ def predict(
     Args:
         model: any module; its output must be one tensor, (batch, ...).
         x: the model's input, passed as ``model(x)``: a tensor, or a tuple, list or dict of tensors, (batch, ...) each.
-            Anything else is run sample by sample.
+            Anything else is run sample by sample, and so is a tensor of one dimension.
         num_samples: number of draws, 1 or more (default 32).
         seed: an int or a 0-d int64 tensor; default a fresh one from torch's generator.
         class_dim: of a single output, for the classification summaries (default the last).
@@ -206,7 +206,9 @@ def predict(
 
 
 @contextlib.contextmanager
-def frozen_sample(model: nn.Module, seed: int | Tensor, *, sample: int | Tensor = 0) -> Iterator[None]:
+def frozen_sample(
+    model: nn.Module, seed: int | Tensor, *, sample: int | Tensor = 0, estimator: Estimator | None = None
+) -> Iterator[None]:
     """Within the context the Bayesian layers of `model` use one draw of their weights: one consistent function.
 
     The draw is a function of `seed`, `sample` and each layer's qualified name, not of call order: it is the same for
@@ -219,11 +221,16 @@ def frozen_sample(model: nn.Module, seed: int | Tensor, *, sample: int | Tensor 
         model: the module whose layers are frozen, with at least one Bayesian layer.
         seed: an int or a 0-d int64 tensor.
         sample: index of the Monte Carlo sample, an int in [0, 2**32) (default 0) or a 0-d int64 tensor.
+        estimator: in place of the layers' own (default None): with "shared" one function of whatever rows, however the
+            layers were trained.
 
     Raises:
-        TypeError, ValueError: `seed` or `sample` is not as above, or the model has no Bayesian layer.
+        TypeError, ValueError: `seed` or `sample` is not as above, there is no such estimator, or the model has no
+            Bayesian layer.
     """
-    with _noise_of(_frozen(_addresses(model), seed, sample)):
+    if estimator is not None:
+        check_estimator(estimator)
+    with _noise_of(_frozen(_addresses(model), seed, sample, estimator)):
         yield
 
 

@@ -178,6 +178,22 @@ def test_an_input_that_is_written_to_is_no_repetition_any_more() -> None:
     torch.testing.assert_close(actual, expected)
 
 
+def test_one_function_of_a_model_that_was_trained_otherwise() -> None:
+    model, x = network("local"), torch.randn(7, 5)
+    with fb.frozen_sample(model, 3, sample=2, estimator="shared"):
+        one, alone = model(x), model(x[3:4])
+    torch.testing.assert_close(one.detach(), fb.predict(model, x, 3, seed=3, estimator="shared").outputs[2])
+    torch.testing.assert_close(one[3:4], alone)  # the same function wherever the row is
+    with pytest.raises(ValueError, match="estimator must be one of"), fb.frozen_sample(model, 3, estimator="loco"):
+        pass
+
+
+def test_an_input_without_a_batch_is_run_sample_by_sample() -> None:
+    layer, x = BayesLinear(5, 3), torch.randn(5)
+    outputs = fb.predict(layer, x, 4, seed=1).outputs
+    assert torch.equal(outputs, fb.predict(layer, x, 4, seed=1, samples_at_once=1).outputs)
+
+
 @SAMPLED
 def test_elbo_averages_samples_of_one_batch(estimator: Estimator) -> None:
     """Value and gradients of frozen samples are the mean of theirs one by one."""
