@@ -171,8 +171,9 @@ def bayes_linear(
     - "shared": one W and b for the whole batch (Blundell et al., "Weight uncertainty in neural networks", ICML 2015,
       equations 1 to 4).
     - "local": each row's outputs are drawn from their distribution, independently of other rows, those of the same
-      example included (tokens of a sequence, say), y = x mu^T + b_mu + sqrt(x^2 (sigma^2)^T + sigma_b^2) * zeta (Kingma, Salimans and Welling, "Variational dropout and the local reparameterization trick",
-      NeurIPS 2015, equation 6).
+      example included (tokens of a sequence, say): y = x mu^T + b_mu + sqrt(x^2 (sigma^2)^T + sigma_b^2) * zeta
+      (Kingma, Salimans and Welling, "Variational dropout and the local reparameterization trick", NeurIPS 2015,
+      equation 6).
     - "flipout": one W, decorrelated between the rows by random signs r and s, y = x mu^T + ((x * r) (sigma eps)^T) * s
       + b (Wen et al., "Flipout: efficient pseudo-independent weight perturbations on mini-batches", ICLR 2018,
       equation 4).

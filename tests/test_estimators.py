@@ -292,7 +292,7 @@ def test_a_model_that_mixes_the_batch_is_refused(module: nn.Module, training: bo
 @pytest.mark.parametrize(
     ("x", "message"),
     [
-        ((torch.ones(7, 5), torch.ones(3)), r"batch as its first dimension, got \(7, 5\), \(3,\)"),
+        ((torch.ones(7, 5), torch.ones(3, 2)), r"batch as its first dimension, got \(7, 5\), \(3, 2\)"),
         (torch.tensor(1.0), r"batch as its first dimension, got \(\)"),
     ],
     ids=["sizes", "scalar"],
