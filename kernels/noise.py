@@ -119,7 +119,7 @@ def negative_quads(seed, quads, row, sample, stream):
 
 @triton.jit
 def negative_tile(seed, quad, rows, sample, stream, COLUMNS: tl.constexpr):
-    """Whether the signs of COLUMNS columns from `quad` on, all in one block of 128, are -1 in rows (R,): (COLUMNS, R)."""
+    """Whether the signs of COLUMNS columns from `quad` on, in one block of 128, are -1 in rows (R,): (COLUMNS, R)."""
     columns = (quad % 32 * 4).to(tl.int32) + tl.arange(0, COLUMNS)[:, None]
     x0, x1, x2, x3 = philox_words(seed, quad // 32, rows, sample, stream)
     word = _pick((x0[None, :], x1[None, :], x2[None, :], x3[None, :]), columns // 32)
