@@ -1,4 +1,4 @@
-"""The second stage of the estimators that need two products: y from both, with the noise of the outputs."""
+"""What the estimators that need two products make of them: y, with the noise of the outputs, and dX."""
 
 from collections.abc import Sequence
 
@@ -68,6 +68,49 @@ def _combine_kernel(
         negative = negative_quads(seed, quads, row % M, sample, tl.cast(stream, tl.uint32) + FLIPOUT_OUTPUT)
         y = first + tl.where(negative, -second, second)
     store_quads(y_ptr + start, columns, y, exist, WHOLE_QUADS)
+
+
+@triton.jit
+def second_term(product, x, second_x, ESTIMATOR: tl.constexpr):
+    """What the second product adds to dX: 2 x times it, or r times it for the random signs r.
+
+    r is what makes x r, the second operand, of x: it is in their sign bits, also of a 0.
+    """
+    x, second_x = x.to(tl.float32), second_x.to(tl.float32)
+    if ESTIMATOR == "local":
+        term = 2.0 * x * product
+    else:
+        negative = (x.to(tl.int32, bitcast=True) ^ second_x.to(tl.int32, bitcast=True)) < 0
+        term = tl.where(negative, -product, product)
+    return term
+
+
+@triton.jit
+def _combine_input_kernel(
+    grad_x_ptr,  # (elements,): the first product, and dX afterwards
+    second_ptr,  # (elements,)
+    x_ptr,  # (elements,)
+    second_x_ptr,  # (elements,)
+    elements,
+    ESTIMATOR: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """dX = dY mu + `second_term`. Grid: (cdiv(elements, BLOCK),)."""
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    exist = offsets < elements
+    first = tl.load(grad_x_ptr + offsets, mask=exist).to(tl.float32)
+    second = tl.load(second_ptr + offsets, mask=exist).to(tl.float32)
+    x, second_x = tl.load(x_ptr + offsets, mask=exist), tl.load(second_x_ptr + offsets, mask=exist)
+    grad_x = first + second_term(second, x, second_x, ESTIMATOR)
+    tl.store(grad_x_ptr + offsets, grad_x.to(grad_x_ptr.dtype.element_ty), mask=exist)
+
+
+def combine_input(grad_x: Tensor, second: Tensor, x: Tensor, second_x: Tensor, estimator: str) -> None:
+    """Makes dX (rows, K) of the first product, given both products and both operands, all of them row-major."""
+    elements = grad_x.numel()
+    if elements > 0:
+        grid = (triton.cdiv(elements, BLOCK),)
+        _combine_input_kernel[grid](grad_x, second, x, second_x, elements, ESTIMATOR=estimator, BLOCK=BLOCK)
 
 
 def combine(

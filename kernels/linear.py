@@ -123,7 +123,7 @@ def _linear_forward_kernel(
     PRODUCTS: tl.constexpr = SAMPLES if ESTIMATOR == "shared" else 2
     products = ()
     for _ in tl.static_range(PRODUCTS):
-        products = products + (tl.zeros((BLOCK_N, BLOCK_M), tl.float32),)
+        products += (tl.zeros((BLOCK_N, BLOCK_M), tl.float32),)
     nothing = tl.zeros((KL_ROWS, BLOCK_K // 4), tl.float32)
     kl_sums = nothing, nothing
     for tile_k in tl.range(first_tile, full_end, loop_unroll_factor=UNROLL):

@@ -90,7 +90,7 @@ def step(
             if len(products) > 1:
                 index = anew(index, tile_k)
             weight = mu + sigma * normal_tile(noise.seed, noise.rows, quads, index, noise.stream)
-            sums = sums + (_dot(weight, x, products[i], X_DTYPE, DOT_DTYPE, INPUT_PRECISION),)
+            sums += (_dot(weight, x, products[i], X_DTYPE, DOT_DTYPE, INPUT_PRECISION),)
     else:
         x_ptr = tiles.x_ptr + tl.cast(first, tl.int64) * tiles.stride_xk + tiles.first * tiles.stride_xs
         x = load_elements(x_ptr, tiles.x_offsets, x_exist, 0.0)

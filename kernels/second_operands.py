@@ -1,6 +1,7 @@
 """What the second product of the estimators "local" and "flipout" multiplies sigma^2 and sigma eps with."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -12,6 +13,39 @@ from fusedbayes.kernels.noise import FLIPOUT_INPUT, FLIPOUT_OUTPUT, load_key, ne
 from fusedbayes.kernels.quads import load_quads, quad_columns, store_quads
 
 BLOCK = 1024  # columns of a program
+
+
+class Operands(NamedTuple):
+    """What the gradients are products of.
+
+    Attributes:
+        grad_y, x: dY (rows, N) and x (rows, K), of any strides; row-major if there are others in their places.
+        second_grad, second_x: what takes their places in the second product of an estimator that has one; otherwise
+            they themselves.
+    """
+
+    grad_y: Tensor
+    x: Tensor
+    second_grad: Tensor
+    second_x: Tensor
+
+
+def backward_operands(
+    grad_y: Tensor,
+    slope: Tensor,
+    x: Tensor,
+    key: tuple[Tensor, Tensor | None],
+    address: Sequence[int],
+    num_samples: int,
+    estimator: str,
+) -> Operands:
+    """The operands of all products of a backward pass; see `second_operands`."""
+    if estimator == "shared":
+        return Operands(grad_y, x, grad_y, x)
+    grad_y, x = grad_y.contiguous(), x.contiguous()
+    second_x, second_grad = second_operands(x, grad_y, slope, key, address, num_samples, estimator)
+    assert second_grad is not None
+    return Operands(grad_y, x, second_grad, second_x)
 
 
 @triton.jit
@@ -37,7 +71,8 @@ def _row(
     values = load_quads(in_ptr + start, columns, exist, 0.0, WHOLE_QUADS)
     if ESTIMATOR == "flipout":
         quads = quad_offset + tile * (BLOCK // 4) + tl.arange(0, BLOCK // 4)[:, None]
-        values = tl.where(negative_quads(seed, quads, batch, sample, stream), -values, values)
+        # A product, as in Triton the negative of a 0 is 0: `second_term` reads the signs from what is stored here.
+        values *= tl.where(negative_quads(seed, quads, batch, sample, stream), -1.0, 1.0)
     elif slope_ptr is not None:
         values *= load_quads(slope_ptr + start, columns, exist, 0.0, WHOLE_QUADS)
     else:

@@ -71,21 +71,26 @@ class Problem(NamedTuple):
         """Arguments of sample_weight."""
         return (*self.weight, *self.noise, dtype, self.with_kl)
 
+    def backward_of(self, needs_x: bool, needs_weight: bool) -> tuple[Any, ...]:
+        """Arguments of bayes_linear_backward."""
+        given = self.grad_y, self.grad_kl, self.slope, self.x
+        how = self.bias_address, self.num_samples, self.estimator, needs_x, needs_weight
+        return (*given, *self.weight, *self.bias, *self.noise, *how)
+
     @property
     def backward(self) -> tuple[Any, ...]:
-        """Arguments of bayes_linear_backward, for the gradients of everything."""
-        return (*self.backward_weight, True, True)
+        """For the gradients of everything."""
+        return self.backward_of(True, True)
 
     @property
     def backward_input(self) -> tuple[Any, ...]:
-        """Arguments of the launcher of dX."""
-        return (self.grad_y, self.x, *self.weight[:2], *self.noise, self.num_samples, self.estimator)
+        """For dX alone."""
+        return self.backward_of(True, False)
 
     @property
     def backward_weight(self) -> tuple[Any, ...]:
-        """Arguments of the launcher of dmu and drho."""
-        how = self.bias_address, self.num_samples, self.estimator
-        return (self.grad_y, self.grad_kl, self.slope, self.x, *self.weight, *self.bias, *self.noise, *how)
+        """For dmu and drho alone."""
+        return self.backward_of(False, True)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Problem":
         """The problem with `function` applied to each floating tensor."""
@@ -194,7 +199,7 @@ def check_bayes_linear(problem: Problem, config: MatmulConfig | None, device: st
 
 def check_input_gradient(problem: Problem, config: MatmulConfig | None, device: str) -> None:
     """Likewise dX."""
-    grad_x = kernels.bayes_linear_backward_input(*problem.to(device).backward_input, config=config)
+    grad_x = kernels.bayes_linear_backward(*problem.to(device).backward_input, config=config)[0]
     expected, *_ = torch.ops.fusedbayes.bayes_linear_backward(*problem.exact().backward)
     assert grad_x.dtype == problem.grad_y.dtype
     assert_close(grad_x, expected, terms=problem.grad_y.shape[1], operands=grad_x.dtype)
@@ -202,7 +207,7 @@ def check_input_gradient(problem: Problem, config: MatmulConfig | None, device: 
 
 def check_weight_gradients(problem: Problem, config: MatmulConfig | None, device: str) -> None:
     """Likewise dmu and drho of weight and bias."""
-    gradients = kernels.bayes_linear_backward_weight(*problem.to(device).backward_weight, config=config)
+    _, *gradients = kernels.bayes_linear_backward(*problem.to(device).backward_weight, config=config)
     _, *expected = torch.ops.fusedbayes.bayes_linear_backward(*problem.exact().backward)
     for gradient, exact in zip(gradients, expected, strict=True):
         assert gradient.dtype == problem.weight[0].dtype

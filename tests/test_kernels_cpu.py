@@ -87,8 +87,8 @@ def check_forward(problem: Problem) -> None:
 def check_backward(problem: Problem, needs_x: bool = True, needs_weight: bool = True) -> None:
     M, N = problem.grad_y.shape
     needs = needs_x, needs_weight
-    grad_x, *grads = ops.bayes_linear_backward(*problem.backward_weight, *needs)
-    expected_x, *expected = ops.bayes_linear_backward(*problem.exact().backward_weight, *needs)
+    grad_x, *grads = ops.bayes_linear_backward(*problem.backward_of(*needs))
+    expected_x, *expected = ops.bayes_linear_backward(*problem.exact().backward_of(*needs))
     assert grad_x.dtype == problem.x.dtype
     assert grad_x.shape == expected_x.shape
     assert_close(grad_x, expected_x, terms=N, operands=problem.x.dtype)

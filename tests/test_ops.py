@@ -35,8 +35,8 @@ BACKWARD: dict[str, Callable[[Problem], Sequence[Any]]] = {
         p._replace(estimator="local", num_samples=3, slope=torch.ones_like(p.grad_y)).backward
     ),
     "bayes_linear_backward:flipout": lambda p: p._replace(estimator="flipout", num_samples=3).backward,
-    "bayes_linear_backward:input": lambda p: (*p.backward_weight, True, False),
-    "bayes_linear_backward:weight": lambda p: (*p.backward_weight, False, True),
+    "bayes_linear_backward:input": lambda p: p.backward_input,
+    "bayes_linear_backward:weight": lambda p: p.backward_weight,
 }
 OPERATORS = DIFFERENTIABLE | BACKWARD
 
