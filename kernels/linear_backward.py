@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fusedbayes.kernels.config import MatmulConfig, fits
-from fusedbayes.kernels.launch import Parameter, allow_tf32, capability, sample_after
+from fusedbayes.kernels.launch import Parameter, allow_tf32, capability
 from fusedbayes.kernels.linear_backward_input import bayes_linear_backward_input
 from fusedbayes.kernels.linear_backward_pair import pair_gradients
 from fusedbayes.kernels.linear_backward_weight import weight_gradients
@@ -14,6 +14,7 @@ from fusedbayes.kernels.parameter import Gradients, new_gradients
 from fusedbayes.kernels.sample_backward import sample_layer_backward
 from fusedbayes.kernels.second_operands import Operands, backward_operands
 from fusedbayes.kernels.select import select_config
+from fusedbayes.kernels.streams import sample_after
 
 # Batch rows beyond which the library sums dY for the bias. In the kernel few programs do it, 16 rows at a time, while
 # the others work; with a long batch they would be the last.

@@ -16,7 +16,6 @@ from fusedbayes.kernels.launch import (
     allow_tf32,
     capability,
     dot_options,
-    sample_after,
     whole_quads,
     with_near_rows,
 )
@@ -25,6 +24,7 @@ from fusedbayes.kernels.parameter import gaussian, load_elements
 from fusedbayes.kernels.sample import NO_BIAS, sample_layer
 from fusedbayes.kernels.second_operands import Operands
 from fusedbayes.kernels.select import select_config
+from fusedbayes.kernels.streams import sample_after
 from fusedbayes.kernels.sums import partial_results, reduce
 
 
