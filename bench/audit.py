@@ -79,11 +79,6 @@ class Layer(NamedTuple):
     estimator: Estimator = "shared"
     same_input: bool = False
 
-    @property
-    def has_backward(self) -> bool:
-        """Several samples and the other estimators have none in Triton."""
-        return self.num_samples == 1 and self.estimator == "shared"
-
     def run(self, with_backward: bool = True) -> None:
         """Forward and backward on tensors without data."""
         M, (N, K) = self.rows * (1 if self.same_input else self.num_samples), self.shape
@@ -99,7 +94,7 @@ class Layer(NamedTuple):
         try:
             how = self.num_samples, self.same_input, self.estimator, self.with_kl
             y, kl, _ = ops.bayes_linear(x, *weight, *weight_prior, *bias, *bias_prior, *noise, *how)
-            if with_backward and self.has_backward:
+            if with_backward:
                 outputs = [y, kl] if self.with_kl else [y]
                 grads = [on_gpu(*output.shape, dtype=output.dtype) for output in outputs]
                 torch.autograd.grad(outputs, [x, *weight, *bias], grads)
@@ -179,7 +174,7 @@ def wanted(capability: int) -> list[KernelLaunch]:
             known = variant(launch)
             # The dtype of stored weights hardly matters.
             operands = known.operands if "DOT_DTYPE" in launch.constants else ""
-            traits = () if layer.has_backward or "ESTIMATOR" not in launch.constants else known.traits
+            traits = known.traits if layer.estimator != "shared" or layer.num_samples > 1 else ()
             tile = (known.kernel, operands, known.tile, launch.draws, "KL" in known.traits, traits)
             if known not in launches and (every or tile not in tiles):
                 launches[known] = launch

@@ -139,11 +139,7 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if operator.namespace == "fusedbayes":
-            arguments = [a.as_subclass(OnGpu) if isinstance(a, Tensor) else a for a in args]
-            if operator._schema.name == "fusedbayes::bayes_linear_backward":
-                # Shim, to be dropped: the launcher takes neither slope nor num_samples and estimator yet.
-                assert arguments[-4:-2] == [1, "shared"]
-                arguments = [*arguments[:2], *arguments[3:-4], *arguments[-2:]]
+            arguments = (a.as_subclass(OnGpu) if isinstance(a, Tensor) else a for a in args)
             with self:
                 return getattr(kernels, operator._schema.name.split("::")[1])(*arguments)
         result = operator(*args, **(kwargs or {}))
