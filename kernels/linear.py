@@ -26,7 +26,7 @@ from fusedbayes.kernels.parameter import gaussian
 from fusedbayes.kernels.sample import sample_layer
 from fusedbayes.kernels.second_operands import second_operands
 from fusedbayes.kernels.select import select_config
-from fusedbayes.kernels.streams import sample_after
+from fusedbayes.kernels.streams import batch_of, sample_after
 from fusedbayes.kernels.sums import new_total, partial_results, reduce, sum_in_order, value_of
 from fusedbayes.kernels.tile_kl import open_charge, total_kl
 
@@ -238,17 +238,20 @@ def _in_two_passes(
         second_x, _ = second_operands(x, None, None, key, addresses[0], num_samples, estimator)
         first, second, mu = x.new_empty(y.shape), second_x.new_empty(y.shape), mu.to(x.dtype)
     batches = 1 if estimator == "local" else num_samples
-    M, total = x.shape[0] // batches, None
+    total = None
     for index in range(batches):
-        rows = slice(index * M, (index + 1) * M)
         drawn = key[0], sample_after(key, index)
         charged = with_kl and index == 0
         sampled, sampled_bias, kl = sample_layer(weight, bias, drawn, addresses, second_x.dtype, charged, estimator)
         assert sampled is not None
         total = kl if total is None else total
-        _multiply(second[rows], second_x[rows], sampled, None if estimator == "flipout" else sampled_bias)
+        of_second, of_mean = sampled_bias, bias_mu
+        if estimator == "flipout":
+            of_second, of_mean = None, sampled_bias
+        out, operand = batch_of(second, index, batches), batch_of(second_x, index, batches)
+        _multiply(out, operand, sampled, of_second)
         if pair:
-            _multiply(first[rows], x[rows], mu, bias_mu if estimator == "local" else sampled_bias)
+            _multiply(batch_of(first, index, batches), batch_of(x, index, batches), mu, of_mean)
     assert total is not None
     if not pair:
         return y, total, x.new_empty(0, num_samples)

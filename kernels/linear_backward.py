@@ -14,7 +14,7 @@ from fusedbayes.kernels.parameter import Gradients, new_gradients
 from fusedbayes.kernels.sample_backward import sample_layer_backward
 from fusedbayes.kernels.second_operands import Operands, backward_operands
 from fusedbayes.kernels.select import select_config
-from fusedbayes.kernels.streams import sample_after
+from fusedbayes.kernels.streams import batch_of, sample_after
 
 # Batch rows beyond which the library sums dY for the bias. In the kernel few programs do it, 16 rows at a time, while
 # the others work; with a long batch they would be the last.
@@ -55,12 +55,12 @@ def _in_two_passes(
     dtype = weight[0].dtype if num_samples == 1 else torch.float32
     grads, bias_grads = (new_gradients(parameter, weight[0], dtype) for parameter in (weight, bias))
     for index in range(num_samples):
-        grad_y, x, second_grad, second_x = (_batch(tensor, index, num_samples) for tensor in operands)
+        grad_y, x, second_grad, second_x = (batch_of(tensor, index, num_samples) for tensor in operands)
         product = _product(grad_y, x)
         sample_layer_backward(
             (grads, bias_grads),
             (product, None if estimator == "shared" else _product(second_grad, second_x)),
-            (_batch(bias_sums[0], index, num_samples), _batch(bias_sums[1], index, num_samples)),
+            (batch_of(bias_sums[0], index, num_samples), batch_of(bias_sums[1], index, num_samples)),
             grad_kl if index == 0 else None,
             weight,
             bias,
@@ -70,12 +70,6 @@ def _in_two_passes(
             add=index > 0,
         )
     return _rounded(grads, weight[0]), _rounded(bias_grads, weight[0])
-
-
-def _batch(rows: Tensor, index: int, num_samples: int) -> Tensor:
-    """Those of one Monte Carlo sample."""
-    M = rows.shape[0] // num_samples
-    return rows[index * M : (index + 1) * M]
 
 
 def _rounded(grads: Gradients, like: Tensor) -> Gradients:

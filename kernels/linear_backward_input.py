@@ -24,7 +24,7 @@ from fusedbayes.kernels.parameter import gaussian, load_elements
 from fusedbayes.kernels.sample import NO_BIAS, sample_layer
 from fusedbayes.kernels.second_operands import Operands
 from fusedbayes.kernels.select import select_config
-from fusedbayes.kernels.streams import sample_after
+from fusedbayes.kernels.streams import batch_of, sample_after
 from fusedbayes.kernels.sums import partial_results, reduce
 
 
@@ -202,13 +202,12 @@ def _in_two_passes(
     if estimator != "shared":
         torch.mm(grad_y, mu.to(grad_y.dtype), out=grad_x)
         second = second_grad.new_empty(grad_x.shape)
-    M = grad_y.shape[0] // num_samples
     for index in range(num_samples):
-        rows, drawn = slice(index * M, (index + 1) * M), (key[0], sample_after(key, index))
+        drawn = key[0], sample_after(key, index)
         parameter, addresses = (mu, rho, None, None), (address, address)
         sampled, *_ = sample_layer(parameter, NO_BIAS, drawn, addresses, second.dtype, False, estimator)
         assert sampled is not None
-        torch.mm(second_grad[rows], sampled, out=second[rows])
+        torch.mm(batch_of(second_grad, index, num_samples), sampled, out=batch_of(second, index, num_samples))
     if estimator != "shared":
         combine_input(grad_x, second, x, second_x, estimator)
     return grad_x

@@ -1,4 +1,4 @@
-"""Whose noise is whose within a layer, without Triton: the CPU kernel does without it."""
+"""Streams and Monte Carlo samples of a layer, without Triton: the CPU kernel does without it."""
 
 from torch import Tensor
 
@@ -12,3 +12,8 @@ def sample_after(key: tuple[Tensor, Tensor | None], index: int) -> Tensor | None
     if index == 0:
         return sample
     return seed.new_full((), index) if sample is None else sample + index
+
+
+def batch_of(rows: Tensor, index: int, batches: int) -> Tensor:
+    """The batch of this number, of as many one after another."""
+    return rows if batches == 1 else rows.unflatten(0, (batches, rows.shape[0] // batches))[index]

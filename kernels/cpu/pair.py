@@ -72,5 +72,11 @@ def _flip(tensor: Tensor, draw: Draw, role: int) -> Tensor:
         (words((rows, end - first), key[0], sample_after(key, index), (stream + role, 0, first))[..., None] >> bits) & 1
         for index in range(num_samples)
     ]
-    signs = torch.cat(negative).flatten(1)[:, offset - 32 * first :][:, :columns].to(tensor.dtype).mul_(-2.0).add_(1.0)
+    signs = (
+        torch.cat(negative)
+        .view(len(tensor), 32 * (end - first))[:, offset - 32 * first :][:, :columns]
+        .to(tensor.dtype)
+        .mul_(-2.0)
+        .add_(1.0)
+    )
     return signs.mul_(tensor)
