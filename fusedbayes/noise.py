@@ -229,7 +229,7 @@ def signs(
     words = torch.stack(philox_words(seed, counters, block_rows, sample, stream), -1)  # (rows, counters, 4)
     bits = (words[..., None] >> torch.arange(32, device=seed.device)) & 1
     shift = column_offset - 128 * first
-    return (1 - 2 * bits).to(dtype).reshape(rows, -1)[:, shift : shift + columns]
+    return (1 - 2 * bits).to(dtype).reshape(rows, 128 * (end - first))[:, shift : shift + columns]
 
 
 def check_coordinates(

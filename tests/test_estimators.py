@@ -114,6 +114,7 @@ def test_signs() -> None:
     assert torch.equal(
         noise.signs(7, 20, 100, sample=2, stream=11, row_offset=30, column_offset=190), signs[30:, 190:290]
     )
+    assert noise.signs(7, 0, 5).shape == (0, 5)
     assert signs.abs().eq(1).all()
     assert abs(signs.mean().item()) < 5 / signs.numel() ** 0.5
     assert abs((signs[:, 1:] * signs[:, :-1]).mean().item()) < 5 / signs.numel() ** 0.5
