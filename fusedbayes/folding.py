@@ -110,11 +110,10 @@ def drawing(layers: Iterable[BayesModule], num_samples: int, x: Any) -> Iterator
         folded = fold(x, num_samples)
         if isinstance(x, Tensor) and not (torch.compiler.is_compiling() or folded.is_inference()):
             repeated = Repeated(folded, folded._version, x)
-    changes = {"_num_samples": num_samples, "_repeated": repeated}
-    before = [(layer, {name: vars(layer)[name] for name in changes}) for layer in layers]
+    before = [(layer, layer._num_samples, layer._repeated) for layer in layers]
     try:
-        for layer, _ in before:
-            vars(layer).update(changes)
+        for layer, *_ in before:
+            vars(layer)["_num_samples"], vars(layer)["_repeated"] = num_samples, repeated
         yield folded
     except Exception as error:
         if num_samples > 1 and hasattr(error, "add_note"):  # Python 3.11
@@ -124,8 +123,8 @@ def drawing(layers: Iterable[BayesModule], num_samples: int, x: Any) -> Iterator
             )
         raise
     finally:
-        for layer, state in before:
-            vars(layer).update(state)
+        for layer, number, repetition in before:
+            vars(layer)["_num_samples"], vars(layer)["_repeated"] = number, repetition
 
 
 def _tensors(x: Any) -> list[Tensor]:
