@@ -25,13 +25,17 @@ def check_estimator(estimator: str) -> None:
         raise ValueError(f"estimator must be one of {', '.join(map(repr, ESTIMATORS))}, got {estimator!r}")
 
 
-def check_samples(num_samples: int, x: Tensor, same_input: bool) -> None:
-    check_count(num_samples, "num_samples")
-    if x.dim() < 2 or (not same_input and x.shape[0] % num_samples != 0):
+def check_samples(num_samples: int, x: Tensor, sample: int | Tensor | None, same_input: bool) -> None:
+    """Raises TypeError or ValueError unless x has rows for so many Monte Carlo samples from `sample` on."""
+    if check_count(num_samples, "num_samples") > 1 and x.dim() < 2:
+        raise ValueError(f"with num_samples of {num_samples}, x must have rows, got shape {tuple(x.shape)}")
+    if x.dim() > 1 and not same_input and x.shape[0] % num_samples != 0:
         raise ValueError(
             f"num_samples is {num_samples}, so the first dimension of x must hold as many batches one after another, "
             f"a multiple of {num_samples}, got shape {tuple(x.shape)}"
         )
+    if isinstance(sample, int) and sample + num_samples > 2**32:
+        raise ValueError(f"sample + num_samples must not exceed 2**32, got {sample} + {num_samples}")
 
 
 def as_matrix(tensor: Tensor) -> Tensor:

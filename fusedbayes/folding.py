@@ -1,7 +1,7 @@
 """Monte Carlo samples as one batch: the input repeated, each repetition under its own draw of the weights."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,29 +10,29 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fusedbayes.checks import check_count
-from fusedbayes.nn.module import BayesModule, Repeated
+from fusedbayes.nn.module import BayesModule, Fold, Recall, Repeated
 
 # Numbers that a folded input has at most by default, so that folding a large batch does not take the memory of all its
 # samples at once. A large batch gains little: reading the weights is what samples share.
 LARGEST_INPUT = 2**24
+OF_INDEX = 2**10  # numbers that an integer stands for: it may be looked up in an embedding
 
 
 def samples_at_once(x: Any, num_samples: int, wanted: int | None) -> int:
-    """How many samples are folded into one batch: `wanted`, or as many as make an input of LARGEST_INPUT numbers.
+    """How many samples are one batch: `wanted`, or as many as make tensors of LARGEST_INPUT numbers at most.
 
-    By default none are where a tensor has a single dimension, which may be one example without a batch.
+    By default none are where the tensors have no common batch, or a single dimension, which may be one example.
 
     Raises:
         TypeError, ValueError: `wanted` is not a count.
     """
-    if num_samples == 1:
-        return 1
     if wanted is not None:
         return min(num_samples, check_count(wanted, "samples_at_once"))
     tensors = _tensors(x)
-    if not tensors or any(tensor.dim() == 1 for tensor in tensors):
+    if num_samples == 1 or any(tensor.dim() < 2 for tensor in tensors) or len({len(t) for t in tensors}) != 1:
         return 1
-    return max(1, min(num_samples, LARGEST_INPUT // max(1, *(tensor.numel() for tensor in tensors))))
+    largest = max(tensor.numel() * (1 if tensor.is_floating_point() else OF_INDEX) for tensor in tensors)
+    return max(1, min(num_samples, LARGEST_INPUT // max(1, largest)))
 
 
 def check_foldable(model: nn.Module) -> None:
@@ -43,6 +43,8 @@ def check_foldable(model: nn.Module) -> None:
             reason = f"{place} normalises with the statistics of its batch"
         elif isinstance(module, nn.RNNBase | nn.MultiheadAttention) and not module.batch_first:
             reason = f"{place} has batch_first=False: dimension 0 is not the batch"
+        elif isinstance(module, nn.DataParallel):
+            reason = f"{place} scatters dimension 0 over devices"
         else:
             continue
         raise ValueError(
@@ -93,7 +95,7 @@ def unfold(output: Any, num_samples: int, batch: int) -> list[Any]:
                 f"shape ({num_samples * batch}, ...), got {tuple(tensor.shape)}: pass samples_at_once=1 if it treats "
                 "dimension 0 otherwise"
             )
-        return tensor.chunk(num_samples) if batch else [tensor] * num_samples
+        return [tensor.narrow(0, index * batch, batch) for index in range(num_samples)]
 
     leaves, structure = tree_flatten(output)
     return [tree_unflatten(each, structure) for each in zip(*map(split, leaves), strict=True)]
@@ -105,15 +107,16 @@ def drawing(layers: Iterable[BayesModule], num_samples: int, x: Any) -> Iterator
 
     A layer that gets the folded tensor itself knows that its batches are equal: "local" multiplies one of them.
     """
-    folded, repeated = x, None
+    folded, fold_of_layers = x, None
     if num_samples > 1:
-        folded = fold(x, num_samples)
-        if isinstance(x, Tensor) and not (torch.compiler.is_compiling() or folded.is_inference()):
-            repeated = Repeated(folded, folded._version, x)
-    before = [(layer, layer._num_samples, layer._repeated) for layer in layers]
+        folded, repeated = fold(x, num_samples), None
+        if isinstance(x, Tensor) and not (torch.compiler.is_compiling() or x.is_inference() or folded.is_inference()):
+            repeated = Repeated(folded, x, (folded._version, x._version))
+        fold_of_layers = Fold(num_samples, batch_size(x), repeated)
+    before = [(layer, layer._fold) for layer in layers]
     try:
-        for layer, *_ in before:
-            vars(layer)["_num_samples"], vars(layer)["_repeated"] = num_samples, repeated
+        for layer, _ in before:
+            vars(layer)["_fold"] = fold_of_layers
         yield folded
     except Exception as error:
         if num_samples > 1 and hasattr(error, "add_note"):  # Python 3.11
@@ -123,8 +126,37 @@ def drawing(layers: Iterable[BayesModule], num_samples: int, x: Any) -> Iterator
             )
         raise
     finally:
-        for layer, number, repetition in before:
-            vars(layer)["_num_samples"], vars(layer)["_repeated"] = number, repetition
+        for layer, earlier in before:
+            vars(layer)["_fold"] = earlier
+
+
+def recalled(output: Any, layers: Sequence[BayesModule], num_samples: int, x: Any) -> Any:
+    """The output of a folded input; its backward pass tells the layers of the fold, for checkpoints that it repeats."""
+    leaves, structure = tree_flatten(output)
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    if places and not torch.compiler.is_compiling():
+        known = _Recall.apply(layers, Fold(num_samples, batch_size(x)), *(leaves[i] for i in places))
+        for i, leaf in zip(places, known, strict=True):
+            leaves[i] = leaf
+    return tree_unflatten(leaves, structure)
+
+
+class _Recall(torch.autograd.Function):
+    """The identity. When its backward is called, those of the model's own operations are still to come."""
+
+    @staticmethod
+    def forward(ctx: Any, layers: Sequence[BayesModule], fold: Fold, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.layers, ctx.fold = layers, fold
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        task = torch._C._current_graph_task_id()
+        for layer in ctx.layers:
+            recall = layer._recall
+            other = recall is not None and recall.task == task and recall.fold != ctx.fold
+            vars(layer)["_recall"] = Recall(task, None if other else ctx.fold)
+        return None, None, *gradients
 
 
 def _tensors(x: Any) -> list[Tensor]:

@@ -218,8 +218,8 @@ def bayes_linear(
     if bias_mu is not None:
         check_address(bias_address, "bias_address", 1, bias_mu.numel())
     check_estimator(estimator)
-    if num_samples != 1:
-        check_samples(num_samples, x, same_input)
+    if type(num_samples) is not int or num_samples != 1:
+        check_samples(num_samples, x, sample, same_input)
     if estimator != "shared":
         # The streams of zeta, r and s.
         check_coordinates(0, 0, stream=weight_address.stream + Role.FLIPOUT_OUTPUT)
@@ -234,6 +234,7 @@ def bayes_linear(
     rows = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     y, kl, _ = ops.bayes_linear(rows, *weight, *bias, *noise, num_samples, same_input, estimator, with_kl)
     if x.dim() != 2:
-        leading = (num_samples * x.shape[0], *x.shape[1:-1]) if same_input else x.shape[:-1]
+        repeats = num_samples > 1 and same_input
+        leading = (num_samples * x.shape[0], *x.shape[1:-1]) if repeats else x.shape[:-1]
         y = y.view(*leading, weight_mu.shape[0])
     return y, kl if with_kl else None

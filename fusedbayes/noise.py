@@ -124,7 +124,8 @@ def philox_words(
 def _philox(seed: Tensor, quads: Tensor, rows: Tensor, sample: Tensor, stream: int) -> tuple[Tensor, Tensor]:
     """The words as (x0, x2) and (x1, x3), stacked: both halves of a round in one operation, which small blocks need."""
     shape = torch.broadcast_shapes(quads.shape, rows.shape)
-    outer = torch.stack([quads.expand(shape), sample.expand(shape)])
+    # A sample that follows the last one is the first.
+    outer = torch.stack([quads.expand(shape), (sample & _MASK).expand(shape)])
     inner = torch.stack([rows.expand(shape), torch.full_like(sample, stream).expand(shape)])
     lanes = (2,) + (1,) * len(shape)
     key = torch.stack([seed, seed >> 32]).view(lanes)

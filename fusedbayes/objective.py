@@ -122,8 +122,9 @@ class ELBO(nn.Module):
         """The sum over so many samples of their mean nll, in one forward."""
         if at_once == 1:
             return self._mean_nll(self.model(x), y)
-        with folding.drawing((layer for _, layer in bayes_modules(self.model)), at_once, x) as folded:
-            output = self.model(folded)
+        layers = [layer for _, layer in bayes_modules(self.model)]
+        with folding.drawing(layers, at_once, x) as folded:
+            output = folding.recalled(self.model(folded), layers, at_once, x)
         outputs = folding.unfold(output, at_once, folding.batch_size(x))
         return torch.stack([self._mean_nll(each, y) for each in outputs]).sum()
 

@@ -4,6 +4,7 @@ Plain differentiable functions, for any device and floating dtype; autograd deri
 in float32, or float64 for float64 tensors, and rounded once at the end. Nothing is validated here (`functional` does).
 """
 
+import contextlib
 import math
 from typing import Literal, NamedTuple, get_args
 
@@ -173,13 +174,22 @@ def local_moments(x: Tensor, weight: tuple[Tensor, Tensor], bias: MaybeBias) -> 
     (mu, rho), dtype = weight, compute_dtype(weight[0])
     bias_mu, bias_rho = bias
     mean = F.linear(x, mu.to(x.dtype), None if bias_mu is None else bias_mu.to(x.dtype)).to(dtype)
-    # Not in 16 bits: squares of float16 overflow and underflow.
-    variance = F.linear(x.to(dtype).square(), sigma_from_rho(rho.to(dtype)).square())
+    # Not in 16 bits, whatever autocast says: squares of float16 overflow and underflow.
+    with without_autocast(x):
+        variance = F.linear(x.to(dtype).square(), sigma_from_rho(rho.to(dtype)).square())
     if bias_rho is not None:
         variance = variance + sigma_from_rho(bias_rho.to(dtype)).square()
     varies = variance > 0.0
     # The root of something else where it has no derivative: a where after the root would multiply infinity with 0.
     return mean, torch.where(varies, variance, 1.0).sqrt() * varies
+
+
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Products within are of their operands' dtype."""
+    kind = x.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return contextlib.nullcontext()
+    return torch.autocast(kind, enabled=False)
 
 
 def local_noise(rows: int, weight_mu: Tensor, key: Key, address: Address) -> Tensor:

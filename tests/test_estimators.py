@@ -287,7 +287,7 @@ def test_a_model_that_mixes_the_batch_is_refused(module: nn.Module, training: bo
     if not training:
         with pytest.raises(ValueError, match=message):
             fb.predict(model, x, 2)
-    assert all(layer._num_samples == 1 for layer in model if isinstance(layer, BayesLinear))
+    assert all(layer._fold is None for layer in model if isinstance(layer, BayesLinear))
 
 
 @pytest.mark.parametrize(
@@ -300,7 +300,7 @@ def test_a_model_that_mixes_the_batch_is_refused(module: nn.Module, training: bo
 )
 def test_an_input_that_cannot_be_folded_is_refused(x: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        fb.predict(BayesLinear(5, 3), x, 2)
+        fb.predict(BayesLinear(5, 3), x, 2, samples_at_once=2)
 
 
 def test_rows_that_samples_do_not_divide_are_refused() -> None:
@@ -335,7 +335,7 @@ def test_compiled(estimator: Estimator) -> None:
 @SAMPLED
 def test_autocast(estimator: Estimator) -> None:
     layer, x, _ = layer_and_data()
-    with torch.autocast("cpu", torch.bfloat16), fb.frozen_sample(layer, 3):
+    with torch.autocast("cpu", torch.bfloat16):
         narrow = fb.predict(layer, x, 2, seed=3, estimator=estimator).outputs
     assert narrow.dtype == torch.bfloat16
     wide = fb.predict(layer, x, 2, seed=3, estimator=estimator).outputs

@@ -120,9 +120,9 @@ class BayesLinear(BayesModule):
             where |= {f"{name}_address": address for name, address in noise.addresses.items()}
         has_bias = bias[0] is not None
         with_kl = self._kl_wanted and self._kl_of_forward is None
-        if not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and (repeated := self._repeated) is not None:
-            # The very tensor, and not written to since. With gradients a checkpoint would not find it again.
-            if input is repeated.tensor and input._version == repeated.version:
+        if not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and self._fold is not None:
+            # With gradients a checkpoint would not find the repetition again.
+            if (repeated := self._fold.repeated) is not None and repeated.is_(input):
                 input, where["same_input"] = repeated.batch, True
         y, kl = functional.bayes_linear(
             input,

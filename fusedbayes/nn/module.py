@@ -37,16 +37,35 @@ class MeanWeights:
 
 
 class Repeated(NamedTuple):
-    """A batch that was repeated for several Monte Carlo samples.
-
-    Attributes:
-        tensor: the repetition, with its version.
-        batch: what was repeated.
-    """
+    """A batch, and its repetition for several Monte Carlo samples, with their versions then."""
 
     tensor: Tensor
-    version: int
     batch: Tensor
+    versions: tuple[int, int]
+
+    def is_(self, input: Tensor) -> bool:
+        """Whether `input` is the very repetition, and neither was written to since."""
+        return input is self.tensor and self.versions == (self.tensor._version, self.batch._version)
+
+
+class Fold(NamedTuple):
+    """What the inputs of a model's layers hold; set by `fusedbayes.folding`.
+
+    Attributes:
+        num_samples, batch: so many batches of so many rows along dimension 0, or whole multiples of these rows.
+        repeated: the model's own input, if it is a tensor.
+    """
+
+    num_samples: int
+    batch: int
+    repeated: Repeated | None = None
+
+
+class Recall(NamedTuple):
+    """The fold of a forward whose backward pass, of this number, is running and may repeat it for a checkpoint."""
+
+    task: int
+    fold: Fold | None  # None if it has several
 
 
 class FusedKL(NamedTuple):
@@ -101,16 +120,14 @@ class BayesModule(nn.Module):
     # saved. In the instance's __dict__ from the start: torch.compile guards on what is there. What changes at each step
     # is written there too, past torch.nn.Module.__setattr__, which first looks for a parameter or module to register.
     _noises: tuple[FrozenNoise | MeanWeights, ...]  # of the contexts that are open; the last one counts
-    _num_samples: int  # that the input holds a batch for each of
-    _samples_of_rows: tuple[tuple[int, int], ...]  # rows of an input, and what _num_samples was when it last came
-    _repeated: Repeated | None  # what the input may be
+    _fold: Fold | None
+    _recall: Recall | None
     _kl_wanted: bool
     _kl_of_forward: FusedKL | None
     _TRANSIENT: ClassVar[dict[str, Any]] = {
         "_noises": (),
-        "_num_samples": 1,
-        "_samples_of_rows": (),
-        "_repeated": None,
+        "_fold": None,
+        "_recall": None,
         "_kl_wanted": False,
         "_kl_of_forward": None,
     }
@@ -125,17 +142,32 @@ class BayesModule(nn.Module):
         return bool(self._noises)
 
     def _samples_in(self, input: Tensor) -> int:
-        """For how many Monte Carlo samples the input of this forward holds a batch each."""
-        number, known = self._num_samples, self._samples_of_rows
-        if (number == 1 and not known) or torch.compiler.is_compiling():
-            return number
-        rows = input.shape[0] if isinstance(input, Tensor) and input.dim() > 0 else 0
-        if torch._C._current_graph_task_id() != -1:
-            # Repeated within a backward pass, for a checkpoint: the context that said how many is left.
-            return dict(known).get(rows, 1)
-        if (rows, number) not in known:
-            vars(self)["_samples_of_rows"] = tuple({**dict(known), rows: number}.items())
-        return number
+        """For how many Monte Carlo samples the input of this forward holds rows."""
+        fold = self._fold
+        if fold is None and not torch.compiler.is_compiling() and self._recall is not None:
+            fold = self._recalled()
+        if fold is None or fold.num_samples == 1 or not isinstance(input, Tensor):
+            return 1
+        rows = input.shape[0] if input.dim() > 1 else 0
+        if rows % (fold.num_samples * fold.batch or 1) != 0 or input.dim() < 2:
+            raise ValueError(
+                f"the model runs {fold.num_samples} Monte Carlo samples of a batch of {fold.batch} as one along "
+                f"dimension 0, but a Bayesian layer got {tuple(input.shape)}, whose dimension 0 is no multiple of "
+                f"{fold.num_samples * fold.batch}: pass samples_at_once=1 to run them one by one"
+            )
+        return fold.num_samples
+
+    def _recalled(self) -> Fold | None:
+        assert self._recall is not None
+        task, fold = self._recall
+        if task != torch._C._current_graph_task_id():
+            return None
+        if fold is None:
+            raise RuntimeError(
+                "one backward pass repeats checkpointed forwards of different numbers of Monte Carlo samples: pass "
+                "samples_at_once=1, or differentiate the losses one by one"
+            )
+        return fold
 
     def names(self) -> list[str]:
         """The random tensors that the layer has: without a bias, "bias" is not among them."""

@@ -10,10 +10,14 @@ from torch.nn import Parameter
 from fusedbayes.kernels import cpu
 from fusedbayes.ops import backend, eager
 
+
+def _dispatch_keys(inference: bool) -> torch._C.DispatchKeySet:
+    with torch.inference_mode(inference):
+        return torch._C._dispatch_keys(torch.empty(0, device="cpu"))
+
+
 # What the dispatcher knows of an ordinary tensor on the CPU, and of one from inference mode.
-with torch.inference_mode():
-    _INFERENCE = torch._C._dispatch_keys(torch.empty(0))
-_ORDINARY = torch._C._dispatch_keys(torch.empty(0)), _INFERENCE
+_ORDINARY = _dispatch_keys(False), _dispatch_keys(True)
 
 
 def is_next(arguments: tuple[Any, ...]) -> bool:

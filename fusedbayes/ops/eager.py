@@ -171,8 +171,9 @@ def bayes_linear_backward(
         if needs_x:
             grad_xs.append(second.grad_x)
         if needs_weight:
-            grad_mu = grad_mu + g.t() @ x_s
-            grad_sigma = grad_sigma + second.factor * (second.g.t() @ second.x)
+            with reference.without_autocast(x):
+                grad_mu = grad_mu + g.t() @ x_s
+                grad_sigma = grad_sigma + second.factor * (second.g.t() @ second.x)
         if needs_weight and bias_mu is not None and bias_rho is not None:
             sums = g.sum(0, dtype=compute_dtype(g)), second.g.sum(0, dtype=compute_dtype(g))
             grad_bias_mu = grad_bias_mu + sums[0]
@@ -223,7 +224,8 @@ def _second_product(
         # Not in 16 bits: squares of float16 overflow and underflow.
         g_wide, x_wide = g.to(sigma.dtype), x.to(sigma.dtype)
         h = g_wide * slope
-        grad_x = g_wide @ mu.to(sigma.dtype) + 2.0 * x_wide * (h @ sigma.square())
+        with reference.without_autocast(x):
+            grad_x = g_wide @ mu.to(sigma.dtype) + 2.0 * x_wide * (h @ sigma.square())
         return _SecondProduct(h, x_wide.square(), 2.0 * sigma, grad_x.to(g.dtype))
     eps = reference.weight_noise(mu, *key, address)
     if estimator == "shared":

@@ -25,9 +25,9 @@ class _Workspace(threading.local):
     def block(self, rows: int, columns: int, dtype: torch.dtype, number: int = 0) -> Tensor:
         """Memory until the thread asks for the next block of this number; more than BLOCK weights' is not kept."""
         if rows * columns > BLOCK:
-            return torch.empty(rows, columns, dtype=dtype)
+            return torch.empty(rows, columns, dtype=dtype, device="cpu")
         if (dtype, number) not in self._memory:
-            self._memory[dtype, number] = torch.empty(BLOCK, dtype=dtype)
+            self._memory[dtype, number] = torch.empty(BLOCK, dtype=dtype, device="cpu")
         return self._memory[dtype, number].as_strided((rows, columns), (columns, 1))
 
 

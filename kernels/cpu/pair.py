@@ -67,7 +67,7 @@ def _flip(tensor: Tensor, draw: Draw, role: int) -> Tensor:
     offset = column_offset if role == FLIPOUT_INPUT else row_offset
     # A word for 32 columns: as addressed, the word of one column of a tensor with a 32nd of them.
     first, end = offset // 32, -(-(offset + columns) // 32)
-    bits = torch.arange(32, dtype=torch.int32)
+    bits = torch.arange(32, dtype=torch.int32, device="cpu")
     negative = [
         (words((rows, end - first), key[0], sample_after(key, index), (stream + role, 0, first))[..., None] >> bits) & 1
         for index in range(num_samples)

@@ -99,12 +99,12 @@ def sample_weight(
 
 def normal(shape: tuple[int, int], seed: Tensor, sample: Tensor | None, address: Sequence[int]) -> Tensor:
     """eps, float32: `fusedbayes.noise.normal` to 1e-5."""
-    return _noise(torch.empty(shape), Output.NORMAL, Key(seed, sample, address))
+    return _noise(torch.empty(shape, dtype=torch.float32, device="cpu"), Output.NORMAL, Key(seed, sample, address))
 
 
 def words(shape: tuple[int, int], seed: Tensor, sample: Tensor | None, address: Sequence[int]) -> Tensor:
     """The word of each column as int32, the bits of `fusedbayes.noise.philox_words`."""
-    return _noise(torch.empty(shape, dtype=torch.int32), Output.WORD, Key(seed, sample, address))
+    return _noise(torch.empty(shape, dtype=torch.int32, device="cpu"), Output.WORD, Key(seed, sample, address))
 
 
 def _noise(out: Tensor, kind: Output, key: Key) -> Tensor:
