@@ -82,6 +82,9 @@ TABLE: dict[tuple[Kernel, str, int], dict[int, MatmulConfig]] = {
     ("backward_weight", "tf32", 80): {
         ANY: MatmulConfig(32, 128, 128, num_warps=8),
     },
+    ("backward_weight", "tf32", 90): {
+        ANY: MatmulConfig(32, 128, 128, num_warps=8, max_registers=128),
+    },
     ("backward_weight", "ieee", 80): {
         ANY: MatmulConfig(16, 128, 128, num_warps=8),
     },
