@@ -224,7 +224,7 @@ def forward(num_samples: int, samples: int, estimator: str = "shared", rows: int
 
 def work(launch: KernelLaunch) -> roofline._Work:
     """Of all programs together."""
-    (each,) = roofline._phases(launch, facts(samples=launch.constants["SAMPLES"]))
+    (each,) = roofline._phases(launch, facts(samples=launch.constants.get("SAMPLES", 1)))
     return roofline._Work(*(launch.programs * value for value in each))
 
 
