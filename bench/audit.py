@@ -264,7 +264,9 @@ def predictions_table(facts: list[Facts]) -> str:
     columns = ("pass", "rows", "launches", "predicted", "limited by", "memory floor", "matmul floor", "share of floor")
     columns += ("nn.Linear", "ours / it", "clean layer", "ours / it")
     lines = [f"| {' | '.join(columns)} |", "|---|---:|---:|---:|---|" + 7 * "---:|"]
-    passes = [(name, rows, "shared") for name, rows in product(PASSES, PREDICTED_ROWS)]
+    passes: list[tuple[str, int, Estimator]] = [
+        (name, rows, "shared") for name, rows in product(PASSES, PREDICTED_ROWS)
+    ]
     passes += [(PASSES[-1], *case) for case in product(PREDICTED_ROWS_OF_ESTIMATORS, ESTIMATORS[1:])]
     for name, rows, estimator in passes:
         backward = "backward" in name
