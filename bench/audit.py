@@ -30,7 +30,7 @@ from bench import roofline
 from bench.budgets import violations
 from bench.cases import Case, square
 from bench.clean_layer import sampling_cost
-from bench.facts import Facts, Variant, further_sample, measure, variant
+from bench.facts import IN_TURN, Facts, Variant, further_sample, measure, variant
 from bench.launches import KernelLaunch, Operation, on_gpu, record
 from fusedbayes import kernels, ops
 from fusedbayes.noise import draw_seed
@@ -46,6 +46,7 @@ RAGGED = (4095, 4104)
 TILE_ROWS = (16, 64, 128, 256)  # of the tiles of 16-bit products those that differ in more than their rows
 TYPICAL_ROWS, SAMPLED_ROWS = 64, 4096  # one product that samples, and one of a matrix sampled before
 PREDICTED_ROWS = (1, 16, 64, 256, 1024, 4096)
+PREDICTED_ROWS_OF_ESTIMATORS = (64, 256)
 BATCH = 6  # variants that a worker compiles and then disassembles at once
 ESTIMATORS = typing.get_args(Estimator)
 MONTE_CARLO_ROWS, PREDICTED_SAMPLES = 16, (1, 8, 32)
@@ -66,6 +67,7 @@ class Layer(NamedTuple):
         num_samples: Monte Carlo samples.
         estimator: "shared", "local" or "flipout".
         same_input: the samples share one batch, as in the first layer of a prediction.
+        with_backward: whether gradients are computed.
     """
 
     rows: int
@@ -78,8 +80,9 @@ class Layer(NamedTuple):
     num_samples: int = 1
     estimator: Estimator = "shared"
     same_input: bool = False
+    with_backward: bool = True
 
-    def run(self, with_backward: bool = True) -> None:
+    def run(self) -> None:
         """Forward and backward on tensors without data."""
         M, (N, K) = self.rows * (1 if self.same_input else self.num_samples), self.shape
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.operands, torch.float32)
@@ -94,7 +97,7 @@ class Layer(NamedTuple):
         try:
             how = self.num_samples, self.same_input, self.estimator, self.with_kl
             y, kl, _ = ops.bayes_linear(x, *weight, *weight_prior, *bias, *bias_prior, *noise, *how)
-            if with_backward:
+            if self.with_backward:
                 outputs = [y, kl] if self.with_kl else [y]
                 grads = [on_gpu(*output.shape, dtype=output.dtype) for output in outputs]
                 torch.autograd.grad(outputs, [x, *weight, *bias], grads)
@@ -139,7 +142,9 @@ def layers(capability: int) -> Iterator[tuple[Layer, bool]]:
         yield Layer(TYPICAL_ROWS, SQUARE, parameters=torch.bfloat16), True
         yield Layer(TYPICAL_ROWS, (1001, 999), shard=True, prior_per_weight=True), True
         for rows, with_kl in product(PREDICTED_ROWS, (True, False)):
-            yield Layer(rows, SQUARE, with_kl=with_kl), True
+            yield Layer(rows, SQUARE, with_kl=with_kl, with_backward=with_kl), True
+        for rows, estimator in product(PREDICTED_ROWS_OF_ESTIMATORS, ESTIMATORS[1:]):
+            yield Layer(rows, SQUARE, estimator=estimator), True
     for rows in TILE_ROWS:
         yield Layer(rows, (1000, 1024)), True
         yield Layer(rows, (1024, 1000)), True
@@ -150,7 +155,8 @@ def layers(capability: int) -> Iterator[tuple[Layer, bool]]:
     yield from ((layer, False) for layer in estimator_layers())
     if capability == 90:
         for samples, estimator in product(PREDICTED_SAMPLES, ESTIMATORS):
-            yield Layer(MONTE_CARLO_ROWS, SQUARE, with_kl=False, num_samples=samples, estimator=estimator), True
+            how = {"num_samples": samples, "estimator": estimator, "with_backward": False}
+            yield Layer(MONTE_CARLO_ROWS, SQUARE, with_kl=False, **how), True
 
 
 def estimator_layers() -> Iterator[Layer]:
@@ -161,6 +167,8 @@ def estimator_layers() -> Iterator[Layer]:
         yield Layer(rows, SQUARE, estimator=estimator)
     for rows, num_samples, estimator in ((16, 8, "shared"), (64, 2, "shared"), (64, 1, "local"), (64, 1, "flipout")):
         yield Layer(rows, RAGGED, prior_per_weight=True, num_samples=num_samples, estimator=estimator)
+    for estimator in ESTIMATORS:
+        yield Layer(TYPICAL_ROWS, SHAPES[-1], num_samples=2, estimator=estimator)
 
 
 def wanted(capability: int) -> list[KernelLaunch]:
@@ -256,11 +264,15 @@ def predictions_table(facts: list[Facts]) -> str:
     columns = ("pass", "rows", "launches", "predicted", "limited by", "memory floor", "matmul floor", "share of floor")
     columns += ("nn.Linear", "ours / it", "clean layer", "ours / it")
     lines = [f"| {' | '.join(columns)} |", "|---|---:|---:|---:|---|" + 7 * "---:|"]
-    for name, rows in product(PASSES, PREDICTED_ROWS):
+    passes: list[tuple[str, int, Estimator]] = [
+        (name, rows, "shared") for name, rows in product(PASSES, PREDICTED_ROWS)
+    ]
+    passes += [(PASSES[-1], *case) for case in product(PREDICTED_ROWS_OF_ESTIMATORS, ESTIMATORS[1:])]
+    for name, rows, estimator in passes:
         backward = "backward" in name
-        layer = Layer(rows, SQUARE, with_kl="KL" in name)
+        layer = Layer(rows, SQUARE, with_kl="KL" in name, estimator=estimator, with_backward=backward)
         record(layer.run, 90)  # makes what is kept from call to call
-        ours = record(partial(layer.run, backward), 90)
+        ours = record(layer.run, 90)
         total = roofline.predict_all(ours, known)
         linear = roofline.predict_all(record(partial(run_linear, rows, SQUARE, backward), 90), known)
         theirs = roofline.clean_layer(rows, SQUARE, layer.with_kl, backward, sampling[layer.with_kl])
@@ -269,7 +281,8 @@ def predictions_table(facts: list[Facts]) -> str:
         floors = case.bytes / roofline.BANDWIDTH, case.flop / roofline.FLOP_RATE
         times = [f"{1e6 * seconds:.0f} us" for seconds in (total.seconds, *floors, linear.seconds)]
         share, ratio = max(floors) / total.seconds, total.seconds / linear.seconds
-        cells = [name, rows, len(ours), times[0], _limit(total), *times[1:3], f"{share:.0%}", times[3], f"{ratio:.2f}"]
+        shown = name if estimator == "shared" else f"{name}, {estimator}"
+        cells = [shown, rows, len(ours), times[0], _limit(total), *times[1:3], f"{share:.0%}", times[3], f"{ratio:.2f}"]
         cells += [f"{1e6 * clean.seconds:.0f} us", f"{total.seconds / clean.seconds:.2f}"]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
@@ -287,8 +300,8 @@ def samples_table(facts: list[Facts]) -> str:
         if samples == 1 and not same:
             continue
         how = {"num_samples": samples, "estimator": estimator, "same_input": same}
-        layer = Layer(MONTE_CARLO_ROWS, SQUARE, with_kl=False, **how)
-        ours = record(partial(layer.run, False), 90)
+        layer = Layer(MONTE_CARLO_ROWS, SQUARE, with_kl=False, with_backward=False, **how)
+        ours = record(layer.run, 90)
         total = roofline.predict_all(ours, known)
         case = Case("prediction", square(SQUARE[0]), MONTE_CARLO_ROWS, "bf16", samples)
         times = total.seconds, case.bytes / roofline.BANDWIDTH, case.flop / roofline.FLOP_RATE, samples * clean
@@ -309,13 +322,17 @@ def samples_table(facts: list[Facts]) -> str:
 
 def further_samples_table(facts: list[Facts]) -> str:
     """What each Monte Carlo sample beyond a program's first costs."""
-    lines = ["| tile | samples |  | instructions per weight of each further sample |", "|---|---:|---|---:|"]
-    rows: dict[tuple[str, int, str], dict[int, str]] = {}
+    lines = [
+        "| kernel | tile | samples |  | instructions per weight of each further sample |",
+        "|---|---|---:|---|---:|",
+    ]
+    rows: dict[tuple[str, str, int | str, str], dict[int, str]] = {}
     for f in facts:
         each = further_sample(f, facts)
         if each is not None:
-            traits = (trait for trait in f.variant.traits if trait != f"{f.samples} samples")
-            key = f.variant.tile, f.samples, ", ".join(traits)
+            traits = (t for t in f.variant.traits if t not in (f"{f.samples} samples", IN_TURN))
+            samples = "any" if IN_TURN in f.variant.traits else f.samples
+            key = f.variant.kernel, f.variant.tile, samples, ", ".join(traits)
             rows.setdefault(key, {})[f.variant.capability] = f"{each:.1f}"
     for key in sorted(rows, key=_natural):
         cells = " / ".join(rows[key].get(target, "·") for target in TARGETS)

@@ -8,8 +8,9 @@ from bench import sass
 from bench.launches import KernelLaunch
 
 TILE = {"BLOCK_M": "M", "BLOCK_N": "N", "BLOCK_K": "K"}
-# Its noise is drawn after the loop with the product, in that of every other matrix kernel.
-EPILOGUE = "_linear_backward_weight_kernel"
+# Their noise is drawn after the loop with the product, in that of every other matrix kernel.
+EPILOGUES = ("_linear_backward_weight_kernel", "_linear_backward_pair_kernel")
+IN_TURN = "samples in turn"  # the trait of a program that works on all Monte Carlo samples, one after another
 SINGLE_PASS = "_linear_forward_kernel"  # which forms the second product's operands itself
 
 
@@ -50,7 +51,8 @@ class Facts:
         inputs: elements of x that it squares or gives random signs, for each weight.
         weights: that a program reads in one iteration of its main loop, or in its epilogue.
         instructions, special: instructions and results of the special-function unit for each of them, all its samples
-            together. None if it draws nothing.
+            together, but only one of those that it takes in turn. None if it draws nothing.
+        repeated: what of both comes again with each further sample, where a program takes them in turn.
         product_loop: instructions that a thread has for one step of the product, where that is a loop of its own.
         ahead: steps that are loaded ahead, while earlier ones are worked on. 0 if loads stop the thread.
     """
@@ -70,6 +72,7 @@ class Facts:
     weights: int = 0
     instructions: float | None = None
     special: float | None = None
+    repeated: tuple[float, float] = (0.0, 0.0)
     product_loop: int = 0
     ahead: int = 0
 
@@ -93,11 +96,14 @@ def variant(launch: KernelLaunch) -> Variant:
     with_kl = any(arguments.get(name) is not None for name in ("kl", "grad_kl_ptr"))
     weight = arguments.get("weight")
     parameters = "fp32" if weight is None else _dtype(weight.mu)
-    estimator, samples = constants.get("ESTIMATOR", "shared"), constants.get("SAMPLES", 1)
+    estimator, samples = constants.get("ESTIMATOR", "shared"), _samples(launch)
+    in_turn = _takes_samples_in_turn(launch)
     flags = {
         estimator: estimator != "shared",
         f"{samples} samples": samples > 1,
-        "one of several samples": samples == 1 and arguments.get("num_samples", 1) > 1,
+        IN_TURN: in_turn,
+        "one of several samples": samples == 1 and not in_turn and arguments.get("num_samples", 1) > 1,
+        "added": constants.get("ADD", False),
         "KL": with_kl,
         "one batch row": arguments.get("M") == 1,
         "KL only": with_kl and not launch.draws,
@@ -114,11 +120,14 @@ def variant(launch: KernelLaunch) -> Variant:
 
 
 def further_sample(facts: Facts, others: Iterable[Facts]) -> float | None:
-    """Instructions per weight of each Monte Carlo sample beyond the first, if a variant of one was compiled too.
+    """Instructions per weight of each Monte Carlo sample beyond the first.
 
-    Of several, with other tiles, the one with the fewest instructions.
+    Where a program draws several at once, those of one are a variant's that was compiled too; of several, with other
+    tiles, the one with the fewest instructions.
     """
     v = facts.variant
+    if facts.repeated[0]:
+        return facts.repeated[0]
     alone = [
         other.instructions
         for other in others
@@ -130,6 +139,16 @@ def further_sample(facts: Facts, others: Iterable[Facts]) -> float | None:
     if facts.instructions is None or facts.samples == 1 or not alone:
         return None
     return (facts.instructions - min(alone)) / (facts.samples - 1)
+
+
+def _samples(launch: KernelLaunch) -> int:
+    """Monte Carlo samples that a program draws of each weight at once."""
+    return 1 if launch.name in EPILOGUES else launch.constants.get("SAMPLES", 1)
+
+
+def _takes_samples_in_turn(launch: KernelLaunch) -> bool:
+    """Whether a program works on all Monte Carlo samples, one after another."""
+    return launch.name in EPILOGUES and launch.arguments.get("num_samples", 1) > 1
 
 
 def _dtype(tensor: Any) -> str:
@@ -159,7 +178,7 @@ def _facts(launch: KernelLaunch, kernel: Any, code: sass.Code) -> Facts:
         variant=variant(launch),
         draws=launch.draws,
         multiplies="DOT_DTYPE" in launch.constants,
-        samples=launch.constants.get("SAMPLES", 1),
+        samples=_samples(launch),
         threads=32 * kernel.metadata.num_warps,
         registers=usage.registers,
         stack=usage.stack,
@@ -177,10 +196,16 @@ def _costs(launch: KernelLaunch, facts: Facts, flow: sass.Flow) -> dict[str, Any
     mark, of_weight = (sass.SIGMAS, 1) if "local" in facts.variant.traits else (sass.NORMALS, facts.samples)
     marks = tile * of_weight // facts.threads
     costs: dict[str, Any] = {}
-    if launch.name == EPILOGUE:
+    again = sass.Counts()
+    if launch.name in EPILOGUES:
         loop = _product_loop(flow, mark)
-        counts = _straight(flow, flow.after(loop) if loop else {0}, mark, marks)
         costs["product_loop"] = sass.count(flow.code(loop), mark).instructions
+        counts = _straight(flow, flow.after(loop) if loop else {0}, mark, marks)
+        if _takes_samples_in_turn(launch):
+            head, around = _loop_around(flow, loop)
+            counts = _straight(flow, {head}, mark, marks)
+            rest = _straight(flow, flow.after(around), mark, 0)
+            again = sass.Counts(*(a - b for a, b in zip(counts, rest, strict=True)))
     else:
         loop = _main_loop(flow, mark, facts.tensor_cores != "")
         counts = sass.count(flow.code(loop), mark) if loop else _straight(flow, {0}, mark, marks)
@@ -191,14 +216,15 @@ def _costs(launch: KernelLaunch, facts: Facts, flow: sass.Flow) -> dict[str, Any
         # Four weights are one call of Philox: where there are more threads than calls, several draw the same.
         copies = max(1, 4 * facts.threads // tile) if facts.multiplies else 1
         weights = counts.marks * facts.threads // (copies * of_weight)
-        if mark == sass.SIGMAS and facts.multiplies:
-            # A sigma that is needed twice may be computed twice.
+        if launch.name in EPILOGUES or (mark == sass.SIGMAS and facts.multiplies):
+            # Whatever is computed more than once: a sigma that is needed twice, noise in two layouts.
             weights = tile * launch.constants.get("UNROLL", 1)
         costs["weights"] = weights
         if launch.name == SINGLE_PASS and launch.constants["ESTIMATOR"] != "shared":
             costs["inputs"] = launch.constants["BLOCK_M"] / launch.constants["BLOCK_N"]
         costs["instructions"] = counts.instructions * facts.threads / weights
         costs["special"] = counts.special * facts.threads / weights
+        costs["repeated"] = again.instructions * facts.threads / weights, again.special * facts.threads / weights
     return costs
 
 
@@ -206,6 +232,13 @@ def _product_loop(flow: sass.Flow, mark: sass.Mark) -> set[int]:
     """The loop that draws nothing and multiplies on tensor cores, or else the longest one; empty without a loop."""
     quiet = [blocks for blocks in flow.loops.values() if sass.count(flow.code(blocks), mark).marks == 0]
     return max(quiet, key=lambda blocks: (_multiplies(flow, blocks), len(flow.code(blocks))), default=set())
+
+
+def _loop_around(flow: sass.Flow, inner: set[int]) -> tuple[int, set[int]]:
+    """The next larger loop, and its first block."""
+    around = [(len(blocks), head) for head, blocks in flow.loops.items() if inner < blocks]
+    _, head = min(around)
+    return head, flow.loops[head]
 
 
 def _main_loop(flow: sass.Flow, mark: sass.Mark, with_product: bool) -> set[int]:

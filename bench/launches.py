@@ -22,6 +22,7 @@ from fusedbayes import kernels
 
 ALLOCATIONS = ("empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided")
 PRODUCTS = ("mm", "addmm", "matmul")
+UNUSED = {("_linear_backward_input_kernel", "shared"): ("x_ptr", "second_x_ptr")}  # arguments that it does not read
 
 
 class OnGpu(torch.Tensor):
@@ -87,12 +88,15 @@ class KernelLaunch(NamedTuple):
     @property
     def draws(self) -> bool:
         """Whether it draws weights, or what takes their place in a product, and not only the KL or noise of outputs."""
-        return self.arguments.get("seed_ptr") is not None and "weight" in self.arguments
+        noise = self.arguments.get("seed_ptr") is not None or self.arguments.get("ESTIMATOR") == "local"
+        return noise and "weight" in self.arguments
 
     @property
     def bytes(self) -> int:
-        """Of all its tensors, each read or written once."""
-        return sum(map(_size, tree_leaves(list(self.arguments.values()))))
+        """Of all its tensors, each read or written once, also where two arguments are one tensor."""
+        unused = UNUSED.get((self.name, self.arguments.get("ESTIMATOR")), ())
+        leaves = tree_leaves([value for name, value in self.arguments.items() if name not in unused])
+        return sum(map(_size, {id(leaf): leaf for leaf in leaves}.values()))
 
     def compile(self) -> Any:
         """Triton's compiled kernel, for the launch's target."""

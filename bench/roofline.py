@@ -14,11 +14,11 @@ A kernel takes as long as the slowest of what it does at once, plus the latency 
   show.
 
 Programs come in waves: as many at once as fit by registers, warps and shared memory. What counts for issue, special
-functions and matmul is the multiprocessor with the most programs of a wave. In the kernel of dmu and drho the epilogue
-follows the product; they overlap where another program is on the multiprocessor, and add up where there is none.
-PyTorch's own operations move their bytes and multiply at the rates above; of the compiled clean layer the instructions
-of its sampling kernel count too. Not in the model: traffic between L2 cache and multiprocessors, other hits in the L2
-cache, products below the best rate for want of a good tile.
+functions and matmul is the multiprocessor with the most programs of a wave. In the kernels of dmu and drho the epilogue
+follows the product, and both come again for each Monte Carlo sample; they overlap where another program is on the
+multiprocessor, and add up where there is none. PyTorch's own operations move their bytes and multiply at the rates
+above; of the compiled clean layer the instructions of its sampling kernel count too. Not in the model: traffic between
+L2 cache and multiprocessors, other hits in the L2 cache, products below the best rate for want of a good tile.
 
 Bandwidth and matmul rate are measured; the other constants, and all predictions, are not.
 """
@@ -31,7 +31,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from bench.clean_layer import Cost
-from bench.facts import EPILOGUE, Facts, Variant, variant
+from bench.facts import EPILOGUES, Facts, Variant, variant
 from bench.launches import KernelLaunch, Operation
 from fusedbayes.kernels.select import MULTIPROCESSORS
 
@@ -142,19 +142,27 @@ def _phases(launch: KernelLaunch, facts: Facts) -> list[_Work]:
         ceil(N / constants["BLOCK_N"]) * constants["BLOCK_N"] * ceil(K / constants["BLOCK_K"]) * constants["BLOCK_K"]
     )
     flop = 2 * steps_m * constants["BLOCK_M"] * weights
-    if "SAMPLES" in constants:
-        weights *= ceil(arguments["num_samples"] / constants["SAMPLES"])
-        flop *= ceil(arguments["num_samples"] / constants["SAMPLES"]) * constants["SAMPLES"]
-        flop *= 1 if constants["ESTIMATOR"] == "shared" else 2
+    num_samples = arguments.get("num_samples", 1)
+    times_drawn = ceil(num_samples / facts.samples)
+    flop *= times_drawn * facts.samples * (1 if constants.get("ESTIMATOR", "shared") == "shared" else 2)
     matmul = flop / launch.programs / (FLOP_RATE / H200_MULTIPROCESSORS)
-    if launch.name != EPILOGUE:
+    if launch.name not in EPILOGUES:
+        weights *= times_drawn
         moved += (steps_m - 1) * (_bytes(arguments["weight"].mu) + _bytes(arguments["weight"].rho))
         return [_drawing(facts, steps_m * weights / launch.programs, matmul, moved / launch.programs)]
-    issue = steps_m * facts.product_loop * facts.threads / (LANES * CLOCK)
-    waiting = steps_m * MEMORY_LATENCY / max(1, facts.ahead)
-    inputs = (_bytes(arguments["x_ptr"]) + _bytes(arguments["grad_y_ptr"])) / launch.programs
+    steps = num_samples * steps_m
+    issue = steps * facts.product_loop * facts.threads / (LANES * CLOCK)
+    waiting = steps * MEMORY_LATENCY / max(1, facts.ahead)
+    names = ("x_ptr", "grad_y_ptr", "second_x_ptr", "second_grad_ptr")
+    operands = {id(arguments[name]): arguments[name] for name in names if name in arguments}
+    inputs = sum(map(_bytes, operands.values())) / launch.programs
     product = _Work(issue, 0.0, matmul, inputs / BANDWIDTH, waiting)
-    return [product, _drawing(replace(facts, ahead=0), facts.weights, 0.0, moved / launch.programs - inputs)]
+    instructions, special = (
+        first + (num_samples - 1) * again
+        for first, again in zip((facts.instructions, facts.special), facts.repeated, strict=True)
+    )
+    epilogue = replace(facts, ahead=0, instructions=instructions, special=special)
+    return [product, _drawing(epilogue, facts.weights, 0.0, moved / launch.programs - inputs)]
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -58,11 +58,18 @@ def select_config(
     )
     # The results of a pair of products take as many registers as that of one with twice the batch.
     config = next((config for rows, config in batches.items() if rows >= (2 * M if pair else M)), SAMPLE_ONCE)
-    if pair and kernel == "backward_weight":
+    if kernel == "backward_weight" and num_samples > 1:
+        # Two sums beside the product, which have to last from sample to sample.
+        config = replace(config, block_n=config.block_n // 2, block_k=config.block_k // 2)
+    elif kernel == "backward_weight" and pair:
         config = replace(config, block_n=config.block_n // 2)
     elif pair:
         config = replace(config, block_m=max(16, config.block_m // 2))
-        if estimator == "flipout" and config.block_m >= 64:
+        masked = kernel == "backward_input" and N % config.block_n != 0
+        if kernel == "backward_input" and (config.block_m >= 64 or (masked and config.block_m >= 32)):
+            # Fewer columns would not fill the tensor cores' M side.
+            config = replace(config, block_n=32, num_warps=4)
+        elif estimator == "flipout" and config.block_m >= 64:
             # The signs of x need registers too.
             config = replace(config, block_k=32, unroll=1)
     elif num_samples > 1 and kernel == "forward":
@@ -73,7 +80,7 @@ def select_config(
         config = replace(config, block_k=32)
     multiprocessors = _latest(MULTIPROCESSORS, architecture)
     few_tiles = triton.cdiv(N, config.block_n) * triton.cdiv(K, config.block_k) < multiprocessors
-    if kernel == "backward_weight" and few_tiles and M % config.block_m == 0:
+    if kernel == "backward_weight" and few_tiles and num_samples == 1 and M % config.block_m == 0:
         # Half the tile for half the threads: more programs for a small layer. The masked step of a batch that the tile
         # does not divide would weigh too much on it.
         config = replace(config, block_n=config.block_n // 2, num_warps=config.num_warps // 2, max_registers=None)

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from bench import audit, roofline, sass
-from bench.budgets import FURTHER_SAMPLE, INSTRUCTIONS, LEAST_SPECIAL, OF_ESTIMATOR, SPECIAL, violations
-from bench.facts import Facts, Variant, further_sample
+from bench.budgets import FURTHER_SAMPLE, IN_TURN_SAMPLE, INSTRUCTIONS, LEAST_SPECIAL, OF_ESTIMATOR, SPECIAL, violations
+from bench.facts import IN_TURN, Facts, Variant, _loop_around, further_sample
 from bench.launches import KernelLaunch, Operation, _Recorder
 from fusedbayes.kernels.parameter import gaussian
 
@@ -224,7 +224,7 @@ def forward(num_samples: int, samples: int, estimator: str = "shared", rows: int
 
 def work(launch: KernelLaunch) -> roofline._Work:
     """Of all programs together."""
-    (each,) = roofline._phases(launch, facts(samples=launch.constants["SAMPLES"]))
+    (each,) = roofline._phases(launch, facts(samples=launch.constants.get("SAMPLES", 1)))
     return roofline._Work(*(launch.programs * value for value in each))
 
 
@@ -236,6 +236,64 @@ def test_samples_share_one_read_of_the_weights_and_tiles_of_rows_do_not() -> Non
         assert (four.issue, four.special, four.matmul) == pytest.approx(
             (4 * one.issue, 4 * one.special, 4 * one.matmul)
         )
+
+
+def backward(kernel: str, num_samples: int, estimator: str, **constants: Any) -> KernelLaunch:
+    """A launch of a backward product for a layer of 128 x 256 and 64 rows for each sample."""
+    constants |= {"ESTIMATOR": estimator, "BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}
+    function = SimpleNamespace(
+        __name__=kernel, params=[SimpleNamespace(name=name, is_constexpr=True) for name in constants]
+    )
+    grad_y, x = torch.empty(num_samples * 64, 128), torch.empty(num_samples * 64, 256)
+    tensors = {"grad_y_ptr": grad_y, "second_grad_ptr": grad_y, "x_ptr": x, "second_x_ptr": x}
+    weight = gaussian((torch.empty(128, 256), torch.empty(128, 256)))
+    sizes = {"num_samples": num_samples, "M": 64, "N": 128, "K": 256, "weight": weight}
+    programs = num_samples * 4 if kernel == "_linear_backward_input_kernel" else 8
+    return KernelLaunch(90, function, sizes | tensors | constants, {}, (programs, 1, 1))
+
+
+def test_each_sample_draws_and_multiplies_for_the_gradient_of_the_input() -> None:
+    one, eight = (work(backward("_linear_backward_input_kernel", samples, "flipout")) for samples in (1, 8))
+    assert (eight.issue, eight.special, eight.matmul) == pytest.approx((8 * one.issue, 8 * one.special, 8 * one.matmul))
+    assert one.matmul == pytest.approx(2 * work(backward("_linear_backward_input_kernel", 1, "shared")).matmul)
+
+
+def test_samples_in_turn_repeat_their_part_of_the_epilogue() -> None:
+    costs = facts("_linear_backward_pair_kernel", repeated=(10.0, 2.0), product_loop=100)
+    pair = (backward("_linear_backward_pair_kernel", samples, "shared", SAMPLES=samples > 1) for samples in (1, 5))
+    (one_product, one), (product, epilogue) = (roofline._phases(launch, costs) for launch in pair)
+    assert (product.issue, product.waiting) == pytest.approx((5 * one_product.issue, 5 * one_product.waiting))
+    assert costs.instructions is not None
+    assert epilogue.issue / one.issue == pytest.approx((costs.instructions + 4 * 10.0) / costs.instructions)
+    assert epilogue.special / one.special == pytest.approx((SPECIAL + 4 * 2.0) / SPECIAL)
+
+
+def test_a_tensor_in_two_arguments_is_read_once_and_an_unused_one_not_at_all() -> None:
+    weights, activations = 2 * 4 * 128 * 256, 4 * 64 * (128 + 256)
+    assert backward("_linear_backward_pair_kernel", 1, "shared").bytes == weights + activations
+    assert backward("_linear_backward_input_kernel", 1, "shared").bytes == weights + 4 * 64 * 128
+
+
+def test_local_needs_no_noise_to_have_costs() -> None:
+    assert backward("_linear_backward_pair_kernel", 1, "local").draws
+    assert not backward("_linear_backward_pair_kernel", 1, "shared").draws
+
+
+def test_what_comes_again_with_each_sample_in_turn_has_a_budget() -> None:
+    kernel, budget = "_linear_backward_pair_kernel", IN_TURN_SAMPLE[90]
+    within = facts(kernel, "bf16", IN_TURN, repeated=(budget, 2.0))
+    assert further_sample(within, []) == budget
+    assert violations([within]) == []
+    (found,) = violations([dataclasses.replace(within, repeated=(budget + 0.5, 2.0))])
+    assert f"{budget + 0.5:.2f} instructions per weight of each further sample; the budget is {budget:g}" in found
+
+
+def test_a_loop_around_another_is_the_next_larger_one() -> None:
+    flow = program("NOP", "FADD R1, R1", "HMMA R2", "@P0 BRA 0x20", "MUFU.SIN R1, R1", "@P1 BRA 0x10", "EXIT")
+    (inner,) = (blocks for blocks in flow.loops.values() if len(blocks) == 1)
+    head, around = _loop_around(flow, inner)
+    assert sass.count(flow.code(around), sass.NORMALS) == sass.Counts(2, 5, 1)
+    assert flow.paths({head}, sass.NORMALS) == {2: sass.Counts(2, 6, 1)}
 
 
 def test_every_sample_and_both_products_of_a_pair_multiply() -> None:
