@@ -343,8 +343,49 @@ def draw_backward_weight() -> None:
     drawing.save("dmu-drho")
 
 
+def draw_backward_pair() -> None:
+    """dmu and drho of several samples of "flipout"."""
+    conclusion = "Per weight: 8 bytes read, 8 written; for each sample of 64 rows 6 from the L2 cache"
+    legend = [PARAMETER, NOISE, ACTIVATION._replace(legend="x, dY and second: read"), SUM, RESULT]
+    drawing = Drawing(66, "dmu and drho of a pair of products, several samples", legend, conclusion)
+    drawing.program(37, 49.5, "one program, 8 warps: 64 x 128 weights")
+    for y, prime, sums in ((8.4, "", "G: goes on over\nall samples"), (22.9, "'", "H: of one\nsample")):
+        for below, name, x, end in ((0, "x", 0.4, 32.8), (7.6, "dY", 0.3, 24.2)):
+            sides = "(S, M, K)" if name == "x" else "(S, M, N)"
+            drawing.tensor(
+                ACTIVATION, (2, y + below, 13.5, 3.6), f"{name}{prime} {sides}", (x, 0, 0.3, 1), (x, 0, 0.3, 0.5)
+            )
+            drawing.arrow(ACTIVATION, 15.7, y + below + 1.8, end, y + below + 1.8)
+        drawing.box(ACTIVATION, 33, y, 12.8, 3.6, f"x{prime}: 16 KB")
+        drawing.box(ACTIVATION, 24.4, y + 5.4, 6.8, 6.4, f"$dY{prime}^T$\n8 KB")
+        drawing.box(SUM, 33, y + 5.4, 12.8, 6.4, sums)
+        drawing.arrow(ACTIVATION, 31.4, y + 8.6, 32.8, y + 8.6)
+        drawing.arrow(ACTIVATION, 39.4, y + 3.8, 39.4, y + 5.2)
+    drawing.box(NOISE, 24.4, 36.6, 6.8, 5.6, "eps of a\nsample")
+    drawing.box(SUM, 33, 36.6, 12.8, 5.6, "sum of H eps,\nfour pieces")
+    drawing.arrow(NOISE, 31.4, 39.4, 32.8, 39.4)
+    drawing.arrow(SUM, 39.4, 34.8, 39.4, 36.4)
+    drawing.box(PARAMETER, 24.4, 46, 6.8, 5, "mu: 8 KB")
+    drawing.box(PARAMETER, 33, 46, 6.8, 5, "rho: 8 KB")
+    drawing.box(SUM, 43.6, 46, 12.8, 5, "a piece at\na time")
+    drawing.arrow(PARAMETER, 40, 48.5, 43.4, 48.5)
+    drawing.arrow(SUM, 43.6, 42.4, 46.2, 45.8)
+    drawing.axes.plot((46, 51), (17, 17), color=SUM.edge, lw=1.5)
+    drawing.arrow(SUM, 51, 16.7, 51, 45.8)
+    part, tile = (0.4, 0.3, 0.3, 0.3), (0.55, 0.3, 0.075, 0.3)
+    for y, name in ((37, "mu (N, K)"), (47.4, "rho (N, K)")):
+        drawing.tensor(PARAMETER, (2, y, 13.5, 7), name, part, tile)
+        drawing.tensor(RESULT, (64.5, y, 13.5, 7), "d" + name, part, tile)
+        drawing.arrow(RESULT, 56.6, 48.5, 64.3, y + 3.5)
+    drawing.arrow(PARAMETER, 15.7, 40.5, 24.2, 47.4)
+    drawing.arrow(PARAMETER, 15.7, 52.4, 34.6, 51.2)
+    drawing.write(69, 14, "for each sample both\nproducts over its rows,\n64 a step")
+    drawing.write(69, 26, "after the last one\nmu and rho are read")
+    drawing.save("pair-backward")
+
+
 if __name__ == "__main__":
     FIGURES.mkdir(exist_ok=True)
     forward = draw_noise, draw_sampling, draw_forward, draw_samples, draw_pair
-    for draw in (*forward, draw_backward_input, draw_backward_weight):
+    for draw in (*forward, draw_backward_input, draw_backward_weight, draw_backward_pair):
         draw()
