@@ -1,7 +1,7 @@
 """Draws the figures of docs/kernels.md: `python docs/draw_kernels.py` writes docs/figures/kernels-*.png.
 
 Lengths are tenths of an inch, from the upper left corner. The sizes in the labels are those of a 4096 x 4096 layer with
-fp32 parameters, bf16 products and 64 batch rows on sm_90.
+fp32 parameters, bf16 products and 64 batch rows on sm_90, unless they say otherwise.
 """
 
 from pathlib import Path
