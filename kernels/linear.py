@@ -228,16 +228,21 @@ def _in_two_passes(
     key: tuple[Tensor, Tensor | None],
     addresses: tuple[Sequence[int], Sequence[int]],
     num_samples: int,
+    same_input: bool,
     estimator: str,
     with_kl: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Samples what is multiplied, once for each Monte Carlo sample, and has the library multiply."""
-    y, mu, bias_mu = x.new_empty(x.shape[0], weight[0].shape[0]), weight[0], bias[0]
+    rows = num_samples * x.shape[0] if same_input else x.shape[0]
+    if same_input and estimator != "local":  # whose products are the same for all samples
+        x = x.repeat(num_samples, 1)
+    y, mu, bias_mu = x.new_empty(rows, weight[0].shape[0]), weight[0], bias[0]
     first, second, second_x, pair = y, y, x, estimator != "shared"
-    if pair:
-        second_x, _ = second_operands(x, None, None, key, addresses[0], num_samples, estimator)
-        first, second, mu = x.new_empty(y.shape), second_x.new_empty(y.shape), mu.to(x.dtype)
     batches = 1 if estimator == "local" else num_samples
+    if pair:
+        second_x, _ = second_operands(x, None, None, key, addresses[0], batches, estimator)
+        shape = x.shape[0], y.shape[1]
+        first, second, mu = x.new_empty(shape), second_x.new_empty(shape), mu.to(x.dtype)
     total = None
     for index in range(batches):
         drawn = key[0], sample_after(key, index)
@@ -298,5 +303,4 @@ def bayes_linear(
     aligned = weight_address[2] % (config.block_k if estimator == "flipout" else 4) == 0
     if config.single_pass and fits("forward", config, shape) and aligned:
         return _single_pass(x, weight, bias, key, addresses, num_samples, same_input, estimator, with_kl, config)
-    x = x.repeat(num_samples, 1) if same_input else x
-    return _in_two_passes(x, weight, bias, key, addresses, num_samples, estimator, with_kl)
+    return _in_two_passes(x, weight, bias, key, addresses, num_samples, same_input, estimator, with_kl)

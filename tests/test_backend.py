@@ -129,3 +129,16 @@ def test_installation_succeeds_without_a_compiler(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     assert not list(tmp_path.rglob(native.LIBRARY))
+
+
+def test_importing_within_another_default_device() -> None:
+    """Deferred initialisation: what an ordinary CPU tensor is must not be read off the default device."""
+    program = """
+import torch
+with torch.device("meta"):
+    import fusedbayes as fb
+    layer = fb.BayesLinear(4, 3)
+assert layer(torch.empty(2, 4, device="meta")).is_meta
+assert fb.BayesLinear(4, 3)(torch.ones(2, 4)).isfinite().all()
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)

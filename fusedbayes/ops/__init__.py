@@ -1,9 +1,8 @@
 """The operators ``torch.ops.fusedbayes.*``: schemas, autograd, and who computes them where.
 
 On CUDA Triton computes them, on the CPU a C++ kernel if it is built (see `backend_info`), anywhere else PyTorch after
-`fusedbayes.reference`. For its backward an operator keeps
-what it was given and nothing else; the noise is drawn again from the seed. Inputs are validated by
-`fusedbayes.functional`.
+`fusedbayes.reference`. For its backward an operator keeps what it was given, and under "local" one number for each
+output; the noise of the weights is drawn again from the seed. Inputs are validated by `fusedbayes.functional`.
 """
 
 from collections.abc import Callable

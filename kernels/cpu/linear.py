@@ -47,6 +47,9 @@ def _part(tensor: Tensor, dim: int, rows: slice) -> Tensor:
     return tensor if size == tensor.shape[dim] else tensor.narrow(dim, rows.start, size)
 
 
+_SAMPLED = {"shared": Output.WEIGHT, "local": Output.VARIANCE, "flipout": Output.PERTURBATION}
+
+
 class _Batch(NamedTuple):
     """The rows of one Monte Carlo sample; under "local", which samples no weight, of all."""
 
@@ -83,9 +86,6 @@ class _Layer(NamedTuple):
         return [_Batch(slice(i * M, (i + 1) * M), sample_after(key, i)) for i in range(self.num_samples)]
 
 
-_SAMPLED = {"shared": Output.WEIGHT, "local": Output.VARIANCE, "flipout": Output.PERTURBATION}
-
-
 def bayes_linear(
     x: Tensor,
     weight_mu: Tensor,
@@ -111,19 +111,21 @@ def bayes_linear(
         bias = Parameter(bias_mu, bias_rho, bias_prior_mu, bias_prior_sigma)
     layer = _Layer(weight, bias, seed, sample, weight_address, bias_address, num_samples, estimator)
     draw = layer.draw(x.shape[0] if same_input else x.shape[0] // num_samples)
-    if same_input and estimator != "local":  # whose products are the same for all samples
+    if same_input and estimator == "flipout":  # which gives each sample's rows other signs
         x = x.repeat(num_samples, 1)
-    (N, K), batches = weight_mu.shape, layer.batches(x.shape[0])
+    (N, K), total = weight_mu.shape, x.shape[0] if estimator == "local" else num_samples * draw.rows
+    batches = layer.batches(total)
     keys = [Key(seed, batch.sample, weight_address) for batch in batches]
     problems = [make_problem(weight, key, with_kl=with_kl and not index) for index, key in enumerate(keys)]
     kl, drawn = _draw_bias(layer, batches, x.dtype, with_kl)
     second_x, _ = second_operands(x, None, None, draw, estimator)
-    product = x.new_empty(x.shape[0], N)
+    product = x.new_empty(total, N)
     for columns in _blocks(N, K):
         sampled = _workspace.block(columns.stop - columns.start, K, x.dtype)
         for (rows, _), problem, b in zip(batches, problems, drawn, strict=True):
             kl += library().forward(problem, layer.output, sampled, columns)
-            operand, out = _part(second_x, 0, rows), _part(_part(product, 0, rows), 1, columns)
+            operand = second_x if len(second_x) == rows.stop - rows.start else second_x[rows]
+            out = _part(_part(product, 0, rows), 1, columns)
             if b is None or estimator == "flipout":
                 torch.mm(operand, sampled.t(), out=out)
             else:
