@@ -2,15 +2,17 @@
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
+from numbers import Number
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fusedbayes.checks import check_count
-from fusedbayes.nn.module import BayesModule, Fold, Recall, Repeated
+from fusedbayes.nn.module import BayesModule, Fold, Repeated
 
 # Numbers that a folded input has at most by default, so that folding a large batch does not take the memory of all its
 # samples at once. A large batch gains little: reading the weights is what samples share.
@@ -29,7 +31,9 @@ def samples_at_once(x: Any, num_samples: int, wanted: int | None) -> int:
     if wanted is not None:
         return min(num_samples, check_count(wanted, "samples_at_once"))
     tensors = _tensors(x)
-    if num_samples == 1 or any(tensor.dim() < 2 for tensor in tensors) or len({len(t) for t in tensors}) != 1:
+    if num_samples == 1 or any(t.dim() < 2 or t.layout != torch.strided for t in tensors):
+        return 1
+    if len({len(tensor) for tensor in tensors}) != 1:
         return 1
     largest = max(tensor.numel() * (1 if tensor.is_floating_point() else OF_INDEX) for tensor in tensors)
     return max(1, min(num_samples, LARGEST_INPUT // max(1, largest)))
@@ -87,15 +91,21 @@ def unfold(output: Any, num_samples: int, batch: int) -> list[Any]:
     """
 
     def split(tensor: Any) -> Any:
-        if not isinstance(tensor, Tensor):
+        if tensor is None or isinstance(tensor, bool | Number | str):
             return [tensor] * num_samples
+        if not isinstance(tensor, Tensor):
+            raise ValueError(
+                f"several Monte Carlo samples run as one batch, but the output holds a {type(tensor).__name__}, which "
+                "cannot be taken apart into samples: pass samples_at_once=1 to run them one after another"
+            )
         if tensor.dim() == 0 or tensor.shape[0] != num_samples * batch:
             raise ValueError(
                 f"the model got {num_samples} samples of a batch of {batch} along dimension 0, so its output must have "
                 f"shape ({num_samples * batch}, ...), got {tuple(tensor.shape)}: pass samples_at_once=1 if it treats "
                 "dimension 0 otherwise"
             )
-        return [tensor.narrow(0, index * batch, batch) for index in range(num_samples)]
+        # Copies, which may be written to as the output of a single sample may.
+        return [tensor.narrow(0, index * batch, batch).clone() for index in range(num_samples)]
 
     leaves, structure = tree_flatten(output)
     return [tree_unflatten(each, structure) for each in zip(*map(split, leaves), strict=True)]
@@ -107,7 +117,7 @@ def drawing(layers: Iterable[BayesModule], num_samples: int, x: Any) -> Iterator
 
     A layer that gets the folded tensor itself knows that its batches are equal: "local" multiplies one of them.
     """
-    folded, fold_of_layers = x, None
+    folded, fold_of_layers = x, Fold(1, 1)
     if num_samples > 1:
         folded, repeated = fold(x, num_samples), None
         if isinstance(x, Tensor) and not (torch.compiler.is_compiling() or x.is_inference() or folded.is_inference()):
@@ -134,7 +144,8 @@ def recalled(output: Any, layers: Sequence[BayesModule], num_samples: int, x: An
     """The output of a folded input; its backward pass tells the layers of the fold, for checkpoints that it repeats."""
     leaves, structure = tree_flatten(output)
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
-    if places and not torch.compiler.is_compiling():
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    if places and not (transformed or torch.compiler.is_compiling()):
         known = _Recall.apply(layers, Fold(num_samples, batch_size(x)), *(leaves[i] for i in places))
         for i, leaf in zip(places, known, strict=True):
             leaves[i] = leaf
@@ -151,11 +162,15 @@ class _Recall(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        task = torch._C._current_graph_task_id()
         for layer in ctx.layers:
-            recall = layer._recall
-            other = recall is not None and recall.task == task and recall.fold != ctx.fold
-            vars(layer)["_recall"] = Recall(task, None if other else ctx.fold)
+            vars(layer)["_recalls"] = (*layer._recalls, ctx.fold)
+
+        def forget() -> None:
+            for layer in ctx.layers:
+                vars(layer)["_recalls"] = ()
+
+        # At the end of this backward pass, with those that checkpoints run within it.
+        torch.autograd.Variable._execution_engine.queue_callback(forget)
         return None, None, *gradients
 
 

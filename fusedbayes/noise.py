@@ -101,7 +101,8 @@ def _as_int64(value: int | Tensor, name: str, low: int, end: int, device: torch.
     if not low <= value < end:
         raise ValueError(f"{name} must lie in [{low}, {end}), got {value}")
     # Filled on the device: a copy from the host would wait for it.
-    return torch.full((), value - 2**64 if value >= 2**63 else value, dtype=torch.int64, device=device)
+    value = value - 2**64 if value >= 2**63 else value
+    return torch.full((), value, dtype=torch.int64, device="cpu" if device is None else device)
 
 
 def philox_words(

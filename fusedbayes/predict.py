@@ -183,7 +183,7 @@ def predict(
             folding.check_foldable(model)
         for begin in range(0, num_samples, at_once):
             now = min(at_once, num_samples - begin)
-            frozen = _noise_of(_frozen(layers, seed, begin, estimator))
+            frozen = _noise_of(_frozen(layers, seed, begin, estimator, each_sample=True))
             with frozen, folding.drawing(layers, now, x) as folded:
                 output = model(folded)
             if not isinstance(output, Tensor):
@@ -261,11 +261,15 @@ def _frozen(
     seed: int | Tensor,
     sample: int | Tensor,
     estimator: Estimator | None = None,
+    each_sample: bool = False,
 ) -> dict[BayesModule, FrozenNoise]:
     devices = {layer: next(layer.parameters()).device for layer in layers}
     # One copy to each device, not to each layer: a copy waits for the device.
     keys = {device: (as_seed(seed, device), as_sample(sample, device)) for device in set(devices.values())}
-    return {layer: FrozenNoise(*keys[devices[layer]], addresses, estimator) for layer, addresses in layers.items()}
+    return {
+        layer: FrozenNoise(*keys[devices[layer]], addresses, estimator, each_sample)
+        for layer, addresses in layers.items()
+    }
 
 
 def _addresses(model: nn.Module) -> dict[BayesModule, dict[str, Address]]:

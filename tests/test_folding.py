@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fusedbayes as fb
 from fusedbayes import BayesLinear, functional
+from fusedbayes.noise import draw_seed
 from fusedbayes.reference import ESTIMATORS, Estimator
 
 SAMPLED = pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -94,19 +95,27 @@ def test_an_input_without_a_batch_is_run_sample_by_sample() -> None:
 
 @SAMPLED
 def test_elbo_averages_samples_of_one_batch(estimator: Estimator) -> None:
-    """Value and gradients of frozen samples are the mean of theirs one by one."""
-    model, x, y = network(estimator), torch.randn(7, 5), torch.randint(3, (7,))
-    parameters = list(model.parameters())
-    with fb.frozen_sample(model, seed=4, sample=2):
-        out = fb.ELBO(model, F.cross_entropy, 100, num_samples=3)(x, y)
-        actual = torch.autograd.grad(out.nll, parameters)
-    losses = []
-    for sample in (2, 3, 4):
-        with fb.frozen_sample(model, seed=4, sample=sample):
-            losses.append(F.cross_entropy(model(x), y))
+    """Value and gradients are the mean of the samples' one by one."""
+    layer, x, y = BayesLinear(5, 3, estimator=estimator), torch.randn(7, 5), torch.randint(3, (7,))
+    parameters = list(layer.parameters())
+    torch.manual_seed(4)
+    out = fb.ELBO(layer, F.cross_entropy, 100, num_samples=3)(x, y)
+    actual = torch.autograd.grad(out.nll, parameters)
+    torch.manual_seed(4)
+    seed = draw_seed()
+    options = {"seed": seed, "estimator": estimator}
+    losses = [F.cross_entropy(functional.bayes_linear(x, *parameters, sample=s, **options)[0], y) for s in range(3)]
     expected = torch.autograd.grad(torch.stack(losses).mean(), parameters)
     torch.testing.assert_close(out.nll, torch.stack(losses).mean())
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)  # sums of 21 rows in another order
+
+
+@pytest.mark.parametrize("at_once", [None, 1, 2])
+def test_a_frozen_model_is_one_function_for_all_samples(at_once: int | None) -> None:
+    model, x, y = network("shared"), torch.randn(7, 5), torch.randint(3, (7,))
+    with fb.frozen_sample(model, seed=4, sample=2):
+        out = fb.ELBO(model, F.cross_entropy, 100, num_samples=4, samples_at_once=at_once)(x, y)
+        torch.testing.assert_close(out.nll, F.cross_entropy(model(x), y))
 
 
 class Checkpointed(nn.Module):
@@ -265,10 +274,11 @@ def test_interleaved_checkpoints_of_equal_rows(estimator: Estimator) -> None:
         torch.testing.assert_close(torch.autograd.grad(loss, list(model.parameters())), gradients)
 
 
-def test_checkpoints_of_different_numbers_in_one_backward_pass_are_refused() -> None:
-    run, x = Checkpointed(network("local")), torch.randn(6, 5, requires_grad=True)
-    y = torch.zeros(6, dtype=torch.long)
-    losses = [fb.ELBO(run, F.cross_entropy, 100, num_samples=samples)(x, y).loss for samples in (2, 3)]
+def test_checkpoints_of_equal_rows_in_one_backward_pass_are_refused() -> None:
+    run, losses = Checkpointed(network("local")), []
+    for samples, rows in ((2, 6), (4, 3)):
+        x, y = torch.randn(rows, 5, requires_grad=True), torch.zeros(rows, dtype=torch.long)
+        losses.append(fb.ELBO(run, F.cross_entropy, 100, num_samples=samples)(x, y).loss)
     with pytest.raises(RuntimeError, match="different numbers of Monte Carlo samples: pass samples_at_once=1"):
         sum(losses).backward()
 
@@ -296,3 +306,72 @@ def test_a_sample_beyond_the_last_is_refused() -> None:
     layer = BayesLinear(5, 3)
     with pytest.raises(ValueError, match=r"sample \+ num_samples must not exceed"):
         functional.bayes_linear(torch.ones(4, 5), layer.weight_mu, layer.weight_rho, sample=2**32 - 1, num_samples=2)
+
+
+@SAMPLED
+def test_outputs_may_be_written_to(estimator: Estimator) -> None:
+    model, x = nn.Sequential(BayesLinear(5, 3, estimator=estimator), nn.ReLU(inplace=True)), torch.randn(7, 5)
+    model(x).sum().backward()
+    fb.ELBO(model, lambda output, y: output.sub_(y).square().mean(), 10, num_samples=3)(
+        x, torch.ones(7, 3)
+    ).loss.backward()
+
+
+def test_transforms_of_an_objective_with_samples() -> None:
+    elbo, x = fb.ELBO(network("local"), F.mse_loss, 10, num_samples=3), torch.randn(7, 5)
+    y = torch.ones(7, 3)
+
+    def loss(x: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        return elbo(x, y).loss
+
+    leaf = x.clone().requires_grad_()
+    torch.testing.assert_close(torch.func.grad(loss)(x), torch.autograd.grad(loss(leaf), leaf)[0])
+
+
+@pytest.mark.parametrize("outer_reentrant", [True, False])
+@SAMPLED
+def test_nested_checkpoints(estimator: Estimator, outer_reentrant: bool) -> None:
+    model, x, y = network(estimator), torch.randn(7, 5, requires_grad=True), torch.randint(3, (7,))
+    nested = Checkpointed(nn.Sequential(Checkpointed(model, True), nn.Identity()), outer_reentrant)
+    results = []
+    for each in (model, nested):
+        torch.manual_seed(5)
+        out = fb.ELBO(each, F.cross_entropy, 100, num_samples=3)(x, y)
+        model.zero_grad()
+        out.nll.backward()
+        results.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(*results)
+    assert all(layer._recalls == () for layer in model if isinstance(layer, BayesLinear))
+
+
+def test_forwards_within_a_backward_pass_are_their_own() -> None:
+    model, x, z = network("shared"), torch.randn(7, 5, requires_grad=True), torch.randn(5, 5)
+    seen = []
+
+    def hook(_: Tensor) -> None:
+        with torch.no_grad(), fb.frozen_sample(model, 1):
+            seen.append(model(z))
+        seen.append(fb.predict(model, z, 2, seed=1, samples_at_once=1).outputs[0])
+
+    x.register_hook(hook)
+    fb.ELBO(model, lambda output, y: output.square().mean(), 10, num_samples=3)(x, x).loss.backward()
+    assert torch.equal(seen[0], seen[1])
+
+
+def test_an_output_that_cannot_be_taken_apart_is_refused() -> None:
+    class Distribution(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = BayesLinear(5, 3)
+
+        def forward(self, x: Tensor) -> torch.distributions.Normal:
+            return torch.distributions.Normal(self.layer(x), 1.0)
+
+    def nll(output: torch.distributions.Normal, y: Tensor) -> Tensor:
+        return -output.log_prob(y).mean()
+
+    model, x, y = Distribution(), torch.randn(7, 5), torch.zeros(7, 3)
+    with pytest.raises(ValueError, match="the output holds a Normal, which cannot be taken apart"):
+        fb.ELBO(model, nll, 10, num_samples=3)(x, y)
+    assert fb.ELBO(model, nll, 10, num_samples=3, **EACH)(x, y).nll.isfinite()

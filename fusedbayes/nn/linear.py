@@ -118,6 +118,8 @@ class BayesLinear(BayesModule):
         if isinstance(noise, FrozenNoise):
             where |= {"seed": noise.seed, "sample": noise.sample, "estimator": noise.estimator or self._estimator}
             where |= {f"{name}_address": address for name, address in noise.addresses.items()}
+            if not noise.each_sample:
+                where["num_samples"] = 1  # one function for all rows
         has_bias = bias[0] is not None
         with_kl = self._kl_wanted and self._kl_of_forward is None
         if not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and self._fold is not None:

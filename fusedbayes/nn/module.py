@@ -24,12 +24,14 @@ class FrozenNoise:
         seed, sample: 0-d int64 tensors on the layer's device.
         addresses: of each of the layer's random tensors, by name.
         estimator: in place of the layer's own, if not None.
+        each_sample: whether the Monte Carlo samples of one batch have draws of their own, from `sample` on.
     """
 
     seed: Tensor
     sample: Tensor
     addresses: dict[str, Address]
     estimator: Estimator | None = None
+    each_sample: bool = False
 
 
 class MeanWeights:
@@ -60,12 +62,9 @@ class Fold(NamedTuple):
     batch: int
     repeated: Repeated | None = None
 
-
-class Recall(NamedTuple):
-    """The fold of a forward whose backward pass, of this number, is running and may repeat it for a checkpoint."""
-
-    task: int
-    fold: Fold | None  # None if it has several
+    def holds(self, rows: int) -> bool:
+        """Whether so many rows are its batches, or whole multiples of their rows."""
+        return rows % (self.num_samples * self.batch or 1) == 0
 
 
 class FusedKL(NamedTuple):
@@ -121,13 +120,13 @@ class BayesModule(nn.Module):
     # is written there too, past torch.nn.Module.__setattr__, which first looks for a parameter or module to register.
     _noises: tuple[FrozenNoise | MeanWeights, ...]  # of the contexts that are open; the last one counts
     _fold: Fold | None
-    _recall: Recall | None
+    _recalls: tuple[Fold, ...]  # of forwards whose backward pass is running and may repeat them for a checkpoint
     _kl_wanted: bool
     _kl_of_forward: FusedKL | None
     _TRANSIENT: ClassVar[dict[str, Any]] = {
         "_noises": (),
         "_fold": None,
-        "_recall": None,
+        "_recalls": (),
         "_kl_wanted": False,
         "_kl_of_forward": None,
     }
@@ -143,13 +142,12 @@ class BayesModule(nn.Module):
 
     def _samples_in(self, input: Tensor) -> int:
         """For how many Monte Carlo samples the input of this forward holds rows."""
-        fold = self._fold
-        if fold is None and not torch.compiler.is_compiling() and self._recall is not None:
-            fold = self._recalled()
+        fold, rows = self._fold, input.shape[0] if isinstance(input, Tensor) and input.dim() > 1 else 0
+        if fold is None and not torch.compiler.is_compiling() and self._recalls:
+            fold = self._recalled(rows)
         if fold is None or fold.num_samples == 1 or not isinstance(input, Tensor):
             return 1
-        rows = input.shape[0] if input.dim() > 1 else 0
-        if rows % (fold.num_samples * fold.batch or 1) != 0 or input.dim() < 2:
+        if not fold.holds(rows) or input.dim() < 2:
             raise ValueError(
                 f"the model runs {fold.num_samples} Monte Carlo samples of a batch of {fold.batch} as one along "
                 f"dimension 0, but a Bayesian layer got {tuple(input.shape)}, whose dimension 0 is no multiple of "
@@ -157,17 +155,17 @@ class BayesModule(nn.Module):
             )
         return fold.num_samples
 
-    def _recalled(self) -> Fold | None:
-        assert self._recall is not None
-        task, fold = self._recall
-        if task != torch._C._current_graph_task_id():
+    def _recalled(self, rows: int) -> Fold | None:
+        if torch._C._current_graph_task_id() == -1:
+            vars(self)["_recalls"] = ()  # left by a backward pass that failed
             return None
-        if fold is None:
+        folds = {fold for fold in self._recalls if fold.holds(rows)}
+        if len(folds) > 1:
             raise RuntimeError(
                 "one backward pass repeats checkpointed forwards of different numbers of Monte Carlo samples: pass "
                 "samples_at_once=1, or differentiate the losses one by one"
             )
-        return fold
+        return folds.pop() if folds else None
 
     def names(self) -> list[str]:
         """The random tensors that the layer has: without a bias, "bias" is not among them."""

@@ -46,10 +46,12 @@ def combine(mean: Tensor, second: Tensor, draw: Draw, estimator: str) -> tuple[T
     zetas = [normal((M, N), key[0], sample_after(key, index), address) for index in range(num_samples)]
     batches = num_samples if len(mean) == num_samples * M else 1
     zeta, std = torch.stack(zetas), second.float().sqrt_().view(batches, M, N)
-    y = torch.addcmul(mean.float().view(batches, M, N), std, zeta)
+    # Not the view of another tensor: what autograd gets from us must be free to be written to.
+    y = torch.empty(num_samples * M, N, dtype=torch.float32, device="cpu")
+    torch.addcmul(mean.float().view(batches, M, N), std, zeta, out=y.view(num_samples, M, N))
     # Where nothing varies the output has no derivative by its variance: 0.
     slope = zeta.div_(2.0 * std).masked_fill_(std == 0.0, 0.0)
-    return y.flatten(0, 1).to(mean.dtype), slope.flatten(0, 1).to(mean.dtype)
+    return y.to(mean.dtype), slope.flatten(0, 1).to(mean.dtype)
 
 
 def input_gradient(
