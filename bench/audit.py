@@ -136,8 +136,8 @@ def layers(capability: int) -> Iterator[tuple[Layer, bool]]:
     if capability == 80:
         yield Layer(TYPICAL_ROWS, SQUARE, "fp16"), True
         yield Layer(SAMPLED_ROWS, SQUARE, "tf32"), True
-        for operands, rows, estimator in product(("tf32", "ieee"), (16, 32), ESTIMATORS[1:]):
-            yield Layer(rows, SQUARE, operands, estimator=estimator), False
+        for operands, estimator in product(("tf32", "ieee"), ESTIMATORS[1:]):
+            yield Layer(16, SQUARE, operands, estimator=estimator), False
     if capability == 90:
         yield Layer(TYPICAL_ROWS, SQUARE, parameters=torch.bfloat16), True
         yield Layer(TYPICAL_ROWS, (1001, 999), shard=True, prior_per_weight=True), True
@@ -161,9 +161,9 @@ def layers(capability: int) -> Iterator[tuple[Layer, bool]]:
 
 def estimator_layers() -> Iterator[Layer]:
     """Of several Monte Carlo samples and of the other estimators: those that need most registers with most to do."""
-    for rows, samples in product((16, 32, 64, 128), (2, 4, 8, 32)):
+    for rows, samples in ((16, 2), (16, 8), (32, 4), (64, 2), (128, 2)):
         yield Layer(rows, SQUARE, num_samples=samples)
-    for rows, estimator in product((16, 32, 64, 128, 256, SAMPLED_ROWS), ESTIMATORS[1:]):
+    for rows, estimator in product((16, 64, 128, SAMPLED_ROWS), ESTIMATORS[1:]):
         yield Layer(rows, SQUARE, estimator=estimator)
     for rows, num_samples, estimator in ((16, 8, "shared"), (64, 2, "shared"), (64, 1, "local"), (64, 1, "flipout")):
         yield Layer(rows, RAGGED, prior_per_weight=True, num_samples=num_samples, estimator=estimator)
