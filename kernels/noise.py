@@ -113,6 +113,7 @@ def _pick(words, index):
 @triton.jit
 def negative_quads(seed, quads, row, sample, stream):
     """Whether the signs of the columns 4q .. 4q+3 of quads (Q, 1) in one row are -1: (Q, 4)."""
+    quads = tl.cast(quads, tl.uint32)  # as an int32 it may have overflowed
     word = _pick(philox_words(seed, quads // 32, row, sample, stream), quads // 8 % 4)
     return (word >> (quads % 8 * 4 + tl.arange(0, 4)[None, :]).to(tl.uint32)) & 1 != 0
 
