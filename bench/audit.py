@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import pkgutil
 import re
+import typing
 from collections.abc import Iterator
 from functools import partial
 from itertools import chain, product
@@ -28,10 +29,12 @@ import triton
 from bench import roofline
 from bench.budgets import violations
 from bench.cases import Case, square
-from bench.facts import Facts, Variant, measure, variant
+from bench.clean_layer import sampling_cost
+from bench.facts import IN_TURN, Facts, Variant, further_sample, measure, variant
 from bench.launches import KernelLaunch, Operation, on_gpu, record
 from fusedbayes import kernels, ops
 from fusedbayes.noise import draw_seed
+from fusedbayes.reference import Estimator
 
 DOCS = Path(__file__).parent.parent / "docs" / "performance.md"
 MARKERS = "<!-- audit: begin -->", "<!-- audit: end -->"
@@ -39,10 +42,14 @@ TARGETS = (80, 90, 100)
 ROWS = (16, 17, 32, 64, 128, 256, 257, 512, 1024, 4096, 16384, 1)
 SQUARE = (4096, 4096)
 SHAPES = (SQUARE, (1000, 1000), (10, 400), (4096, 1001))  # out_features, in_features
-TILE_ROWS = (16, 32, 64, 128, 256)  # one for each tile of 16-bit products
+RAGGED = (4095, 4104)
+TILE_ROWS = (16, 64, 128, 256)  # of the tiles of 16-bit products those that differ in more than their rows
 TYPICAL_ROWS, SAMPLED_ROWS = 64, 4096  # one product that samples, and one of a matrix sampled before
 PREDICTED_ROWS = (1, 16, 64, 256, 1024, 4096)
+PREDICTED_ROWS_OF_ESTIMATORS = (64, 256)
 BATCH = 6  # variants that a worker compiles and then disassembles at once
+ESTIMATORS = typing.get_args(Estimator)
+MONTE_CARLO_ROWS, PREDICTED_SAMPLES = 16, (1, 8, 32)
 PASSES = ("forward", "forward with KL", "forward + backward with KL")
 
 
@@ -50,13 +57,17 @@ class Layer(NamedTuple):
     """A layer and a batch, forward and backward: what of it decides which code is launched.
 
     Attributes:
-        rows: of the batch.
+        rows: of the batch, for each Monte Carlo sample.
         shape: out_features and in_features.
         operands: "bf16", "fp16", "tf32" or "ieee".
         with_kl: whether forward and backward include the KL.
         shard: begins inside a quad.
-        prior_per_weight: and per bias; and several Monte Carlo samples.
+        prior_per_weight: and per bias; and a Monte Carlo sample that is not the first.
         parameters: their dtype.
+        num_samples: Monte Carlo samples.
+        estimator: "shared", "local" or "flipout".
+        same_input: the samples share one batch, as in the first layer of a prediction.
+        with_backward: whether gradients are computed.
     """
 
     rows: int
@@ -66,10 +77,14 @@ class Layer(NamedTuple):
     shard: bool = False
     prior_per_weight: bool = False
     parameters: torch.dtype = torch.float32
+    num_samples: int = 1
+    estimator: Estimator = "shared"
+    same_input: bool = False
+    with_backward: bool = True
 
-    def run(self, with_backward: bool = True) -> None:
+    def run(self) -> None:
         """Forward and backward on tensors without data."""
-        M, (N, K) = self.rows, self.shape
+        M, (N, K) = self.rows * (1 if self.same_input else self.num_samples), self.shape
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.operands, torch.float32)
         shapes: tuple[tuple[int, ...], ...] = ((N, K), (N,)) if self.prior_per_weight else ((), ())
         weight_prior, bias_prior = ([on_gpu(*s) if self.with_kl else None for _ in range(2)] for s in shapes)
@@ -80,8 +95,9 @@ class Layer(NamedTuple):
         noise = draw_seed("meta"), sample, (0, 0, 3 if self.shard else 0), (1, 0, 0)
         before, torch.backends.cuda.matmul.fp32_precision = torch.backends.cuda.matmul.fp32_precision, self._precision
         try:
-            y, kl = ops.bayes_linear(x, *weight, *weight_prior, *bias, *bias_prior, *noise, self.with_kl)
-            if with_backward:
+            how = self.num_samples, self.same_input, self.estimator, self.with_kl
+            y, kl, _ = ops.bayes_linear(x, *weight, *weight_prior, *bias, *bias_prior, *noise, *how)
+            if self.with_backward:
                 outputs = [y, kl] if self.with_kl else [y]
                 grads = [on_gpu(*output.shape, dtype=output.dtype) for output in outputs]
                 torch.autograd.grad(outputs, [x, *weight, *bias], grads)
@@ -120,11 +136,15 @@ def layers(capability: int) -> Iterator[tuple[Layer, bool]]:
     if capability == 80:
         yield Layer(TYPICAL_ROWS, SQUARE, "fp16"), True
         yield Layer(SAMPLED_ROWS, SQUARE, "tf32"), True
+        for operands, estimator in product(("tf32", "ieee"), ESTIMATORS[1:]):
+            yield Layer(16, SQUARE, operands, estimator=estimator), False
     if capability == 90:
         yield Layer(TYPICAL_ROWS, SQUARE, parameters=torch.bfloat16), True
         yield Layer(TYPICAL_ROWS, (1001, 999), shard=True, prior_per_weight=True), True
         for rows, with_kl in product(PREDICTED_ROWS, (True, False)):
-            yield Layer(rows, SQUARE, with_kl=with_kl), True
+            yield Layer(rows, SQUARE, with_kl=with_kl, with_backward=with_kl), True
+        for rows, estimator in product(PREDICTED_ROWS_OF_ESTIMATORS, ESTIMATORS[1:]):
+            yield Layer(rows, SQUARE, estimator=estimator), True
     for rows in TILE_ROWS:
         yield Layer(rows, (1000, 1024)), True
         yield Layer(rows, (1024, 1000)), True
@@ -132,6 +152,28 @@ def layers(capability: int) -> Iterator[tuple[Layer, bool]]:
     for shape, operands, rows in product(SHAPES, ("bf16", "tf32", "ieee"), ROWS):
         yield Layer(rows, shape, operands), False
     yield Layer(SAMPLED_ROWS, SQUARE, with_kl=False), False
+    # Those that need most registers on every target; the rest on one, for the time that it takes.
+    yield from (
+        (layer, False)
+        for layer in estimator_layers()
+        if capability == 90 or layer.rows == TYPICAL_ROWS or layer.num_samples == 8
+    )
+    if capability == 90:
+        for samples, estimator in product(PREDICTED_SAMPLES, ESTIMATORS):
+            how = {"num_samples": samples, "estimator": estimator, "with_backward": False}
+            yield Layer(MONTE_CARLO_ROWS, SQUARE, with_kl=False, **how), True
+
+
+def estimator_layers() -> Iterator[Layer]:
+    """Of several Monte Carlo samples and of the other estimators: those that need most registers with most to do."""
+    for rows, samples in ((16, 2), (16, 8), (32, 4), (64, 2), (128, 2)):
+        yield Layer(rows, SQUARE, num_samples=samples)
+    for rows, estimator in product((16, 64, 128, SAMPLED_ROWS), ESTIMATORS[1:]):
+        yield Layer(rows, SQUARE, estimator=estimator)
+    for rows, num_samples, estimator in ((16, 8, "shared"), (64, 2, "shared"), (64, 1, "local"), (64, 1, "flipout")):
+        yield Layer(rows, RAGGED, prior_per_weight=True, num_samples=num_samples, estimator=estimator)
+    for estimator in ESTIMATORS:
+        yield Layer(TYPICAL_ROWS, SHAPES[-1], num_samples=2, estimator=estimator)
 
 
 def wanted(capability: int) -> list[KernelLaunch]:
@@ -145,7 +187,8 @@ def wanted(capability: int) -> list[KernelLaunch]:
             known = variant(launch)
             # The dtype of stored weights hardly matters.
             operands = known.operands if "DOT_DTYPE" in launch.constants else ""
-            tile = (known.kernel, operands, known.tile, launch.draws, "KL" in known.traits)
+            traits = known.traits if layer.estimator != "shared" or layer.num_samples > 1 else ()
+            tile = (known.kernel, operands, known.tile, launch.draws, "KL" in known.traits, traits)
             if known not in launches and (every or tile not in tiles):
                 launches[known] = launch
             tiles.add(tile)
@@ -222,36 +265,103 @@ def _cells(facts: Facts | None) -> tuple[str, ...]:
 def predictions_table(facts: list[Facts]) -> str:
     """Predicted times of a 4096 x 4096 layer on an H200, beside the floors and nn.Linear's."""
     known = {f.variant: f for f in facts}
+    sampling = {with_kl: sampling_cost(with_kl) for with_kl in (False, True)}
     columns = ("pass", "rows", "launches", "predicted", "limited by", "memory floor", "matmul floor", "share of floor")
     columns += ("nn.Linear", "ours / it", "clean layer", "ours / it")
     lines = [f"| {' | '.join(columns)} |", "|---|---:|---:|---:|---|" + 7 * "---:|"]
-    for name, rows in product(PASSES, PREDICTED_ROWS):
+    passes: list[tuple[str, int, Estimator]] = [
+        (name, rows, "shared") for name, rows in product(PASSES, PREDICTED_ROWS)
+    ]
+    passes += [(PASSES[-1], *case) for case in product(PREDICTED_ROWS_OF_ESTIMATORS, ESTIMATORS[1:])]
+    for name, rows, estimator in passes:
         backward = "backward" in name
-        layer = Layer(rows, SQUARE, with_kl="KL" in name)
+        layer = Layer(rows, SQUARE, with_kl="KL" in name, estimator=estimator, with_backward=backward)
         record(layer.run, 90)  # makes what is kept from call to call
-        ours = record(partial(layer.run, backward), 90)
+        ours = record(layer.run, 90)
         total = roofline.predict_all(ours, known)
         linear = roofline.predict_all(record(partial(run_linear, rows, SQUARE, backward), 90), known)
-        clean = roofline.predict_all(roofline.clean_layer(rows, SQUARE, layer.with_kl, backward), known)
+        theirs = roofline.clean_layer(rows, SQUARE, layer.with_kl, backward, sampling[layer.with_kl])
+        clean = roofline.predict_all(theirs, known)
         case = Case("forward+backward" if backward else "forward", square(SQUARE[0]), rows, "bf16")
         floors = case.bytes / roofline.BANDWIDTH, case.flop / roofline.FLOP_RATE
         times = [f"{1e6 * seconds:.0f} us" for seconds in (total.seconds, *floors, linear.seconds)]
-        limit = f"{total.limit}, {total.name.strip('_').removesuffix('_kernel')}"
         share, ratio = max(floors) / total.seconds, total.seconds / linear.seconds
-        cells = [name, rows, len(ours), times[0], limit, *times[1:3], f"{share:.0%}", times[3], f"{ratio:.2f}"]
+        shown = name if estimator == "shared" else f"{name}, {estimator}"
+        cells = [shown, rows, len(ours), times[0], _limit(total), *times[1:3], f"{share:.0%}", times[3], f"{ratio:.2f}"]
         cells += [f"{1e6 * clean.seconds:.0f} us", f"{total.seconds / clean.seconds:.2f}"]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 
+def samples_table(facts: list[Facts]) -> str:
+    """Predicted times of several Monte Carlo samples, beside as many forward passes of the compiled clean layer."""
+    known = {f.variant: f for f in facts}
+    columns = ("samples", "estimator", "input", "launches", "predicted", "limited by", "memory floor", "matmul floor")
+    columns += ("clean layer", "times as fast")
+    lines = [f"| {' | '.join(columns)} |", "|---:|---|---|---:|---:|---|" + 4 * "---:|"]
+    theirs = roofline.clean_layer(MONTE_CARLO_ROWS, SQUARE, False, False, sampling_cost(with_kl=False))
+    clean = roofline.predict_all(theirs, known).seconds
+    for samples, estimator, same in product(PREDICTED_SAMPLES, ESTIMATORS, (True, False)):
+        if samples == 1 and not same:
+            continue
+        how = {"num_samples": samples, "estimator": estimator, "same_input": same}
+        layer = Layer(MONTE_CARLO_ROWS, SQUARE, with_kl=False, with_backward=False, **how)
+        ours = record(layer.run, 90)
+        total = roofline.predict_all(ours, known)
+        case = Case("prediction", square(SQUARE[0]), MONTE_CARLO_ROWS, "bf16", samples)
+        times = total.seconds, case.bytes / roofline.BANDWIDTH, case.flop / roofline.FLOP_RATE, samples * clean
+        predicted, *rest = (f"{1e6 * seconds:.0f} us" for seconds in times)
+        cells = [
+            samples,
+            estimator,
+            "one" if same else "each its own",
+            len(ours),
+            predicted,
+            _limit(total),
+            *rest,
+            f"{samples * clean / total.seconds:.1f}",
+        ]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def further_samples_table(facts: list[Facts]) -> str:
+    """What each Monte Carlo sample beyond a program's first costs."""
+    lines = [
+        "| kernel | tile | samples |  | instructions per weight of each further sample |",
+        "|---|---|---:|---|---:|",
+    ]
+    rows: dict[tuple[str, str, int | str, str], dict[int, str]] = {}
+    for f in facts:
+        each = further_sample(f, facts)
+        if each is not None:
+            traits = (t for t in f.variant.traits if t not in (f"{f.samples} samples", IN_TURN))
+            samples = "any" if IN_TURN in f.variant.traits else f.samples
+            key = f.variant.kernel, f.variant.tile, samples, ", ".join(traits)
+            rows.setdefault(key, {})[f.variant.capability] = f"{each:.1f}"
+    for key in sorted(rows, key=_natural):
+        cells = " / ".join(rows[key].get(target, "·") for target in TARGETS)
+        lines.append(f"| {' | '.join(map(str, key))} | {cells} |")
+    return "\n".join(lines)
+
+
+def _limit(total: roofline.Prediction) -> str:
+    return f"{total.limit}, {total.name.strip('_').removesuffix('_kernel')}"
+
+
 def report(facts: list[Facts]) -> str:
-    """Both tables, in Markdown."""
+    """All tables, in Markdown."""
     return (
         f"Triton {triton.__version__}. Predicted, not measured: a 4096 x 4096 layer on an H200, bf16 products, fp32\n"
-        "parameters. Forward without KL is without gradients. nn.Linear has the casts of autocast; of the clean layer\n"
-        "under torch.compile only the traffic is counted, not what it computes, so it may take longer.\n\n"
+        "parameters. Forward without KL is without gradients. nn.Linear has the casts of autocast. Of the clean layer\n"
+        "under torch.compile what its sampling kernel computes is counted in our reconstruction of it\n"
+        "(`bench/clean_layer.py`), of the rest the traffic alone: it may take longer.\n\n"
         f"{predictions_table(facts)}\n\n"
+        f"Likewise several Monte Carlo samples, {MONTE_CARLO_ROWS} rows each and no KL, and as many forward passes of\n"
+        "the compiled clean layer:\n\n"
+        f"{samples_table(facts)}\n\n"
         f"Counted, on {' / '.join(f'sm_{target}' for target in TARGETS)} (· where a target has another tile):\n\n"
+        f"{further_samples_table(facts)}\n\n"
         f"{variants_table(facts)}\n"
     )
 

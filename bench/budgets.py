@@ -1,12 +1,27 @@
 """What the compiled kernels may cost. It can be checked without a GPU, and it is what keeps them fast on one."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
+from typing import NamedTuple
 
-from bench.facts import Facts
+from bench.facts import IN_TURN, Facts, Variant, further_sample
 
-# Instructions per weight, loads and loop included: for a prior of one mean and deviation, fp32 parameters and products
-# on tensor cores.
+SPECIAL = 4.5  # results of the special-function unit per weight
+
+
+class Budget(NamedTuple):
+    """Instructions and results of the special-function unit per weight, loads and loop included.
+
+    Attributes:
+        per_input: instructions more for each element of x that is squared or given a random sign.
+    """
+
+    instructions: float
+    special: float = SPECIAL
+    per_input: float = 0.0
+
+
+# For a prior of one mean and deviation, fp32 parameters and products on tensor cores.
 INSTRUCTIONS: Mapping[str, float] = MappingProxyType(
     {
         "_sample_weight_kernel": 34.0,  # the sampling pass
@@ -14,10 +29,44 @@ INSTRUCTIONS: Mapping[str, float] = MappingProxyType(
         "_linear_forward_kernel": 38.0,  # main loop of the single-pass product
         "_linear_backward_input_kernel": 38.0,
         "_linear_backward_weight_kernel": 50.0,  # dmu and drho in the product's epilogue
+        "_linear_backward_pair_kernel": 52.0,  # likewise, of two products or several Monte Carlo samples
+    }
+)
+# What an estimator, or several samples in turn, change, by compute capability: "local" draws no noise of weights,
+# "flipout" draws random signs. On sm_100, whose operands have another layout, the compiler has sigma computed in both.
+OF_ESTIMATOR: Mapping[tuple[str, str], Mapping[int, Budget]] = MappingProxyType(
+    {
+        ("_sample_weight_kernel", "local"): MappingProxyType(
+            {80: Budget(22.0, 2.0), 90: Budget(22.0, 2.0), 100: Budget(16.0, 2.0)}
+        ),
+        ("_linear_forward_kernel", "local"): MappingProxyType(
+            {80: Budget(24.5, 2.0, 4.5), 90: Budget(24.5, 2.0, 1.5), 100: Budget(28.5, 3.0, 2.5)}
+        ),
+        ("_linear_forward_kernel", "flipout"): MappingProxyType(
+            {80: Budget(38.0, SPECIAL, 14.5), 90: Budget(37.5, SPECIAL, 12.5), 100: Budget(43.5, 5.0, 13.5)}
+        ),
+        ("_linear_backward_input_kernel", "local"): MappingProxyType(
+            {80: Budget(26.5, 1.0), 90: Budget(27.0, 1.0), 100: Budget(25.0, 1.0)}
+        ),
+        ("_linear_backward_input_kernel", "flipout"): MappingProxyType(
+            {80: Budget(39.0, 3.0), 90: Budget(40.0, 3.0), 100: Budget(38.0, 3.0)}
+        ),
+        # A masked last step of the product is in the epilogue, and takes 6 to 11 of these.
+        ("_linear_backward_pair_kernel", "local"): MappingProxyType(
+            {80: Budget(43.0, 2.1), 90: Budget(39.0, 2.1), 100: Budget(39.5, 2.1)}
+        ),
+        ("_linear_backward_pair_kernel", "flipout"): MappingProxyType(
+            {80: Budget(56.0, 4.1), 90: Budget(51.5, 4.1), 100: Budget(53.0, 4.1)}
+        ),
+        # Of one sample. In the loop over samples noise is drawn in the layout of the product, whose threads have no
+        # whole quads: four times over.
+        ("_linear_backward_pair_kernel", IN_TURN): MappingProxyType(
+            {80: Budget(94.0, 10.5), 90: Budget(92.5, 10.5), 100: Budget(97.5, 10.5)}
+        ),
     }
 )
 FURTHER_SAMPLE = 22.0  # instructions per weight of each Monte Carlo sample beyond the first
-SPECIAL = 4.5  # results of the special-function unit per weight
+IN_TURN_SAMPLE = MappingProxyType({80: 60.5, 90: 61.5, 100: 64.0})
 LEAST_SPECIAL = 2.0  # a logarithm, a root, a sine and a cosine make two normals; with fewer something is missing
 SHARED_MEMORY = MappingProxyType({80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024})  # bytes that a program may have
 TENSOR_CORES = MappingProxyType({80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"})
@@ -42,11 +91,11 @@ def violations(facts: Iterable[Facts], kernels: Iterable[str] = ()) -> list[str]
         for capability in SHARED_MEMORY
         if (kernel, capability) not in covered
     ]
-    return found + [f"{f.variant}: {sentence}" for f in facts for sentence in _sentences(f)]
+    return found + [f"{f.variant}: {sentence}" for f in facts for sentence in _sentences(f, facts)]
 
 
-def _sentences(facts: Facts) -> list[str]:
-    return [f"does not compile: {facts.error}"] if facts.error else _resources(facts) + _costs(facts)
+def _sentences(facts: Facts, others: Sequence[Facts]) -> list[str]:
+    return [f"does not compile: {facts.error}"] if facts.error else _resources(facts) + _costs(facts, others)
 
 
 def _resources(facts: Facts) -> list[str]:
@@ -65,21 +114,34 @@ def _resources(facts: Facts) -> list[str]:
     return found
 
 
-def _costs(facts: Facts) -> list[str]:
+def _costs(facts: Facts, others: Sequence[Facts]) -> list[str]:
     if not facts.draws:
         return []
     variant = facts.variant
     if facts.instructions is None or facts.special is None:
-        return ["no sine where weights should be drawn: empty or slow code"]
-    if facts.special < LEAST_SPECIAL:
-        return [f"{facts.special:.2f} special functions per weight; the noise alone takes {LEAST_SPECIAL:g}"]
+        return ["no sine or exponential where weights should be drawn: empty or slow code"]
+    further = facts.samples - 1
+    least = 0.0 if "local" in variant.traits else facts.samples * LEAST_SPECIAL
+    if facts.special < least:
+        return [f"{facts.special:.2f} special functions per weight; the noise alone takes {least:g}"]
     if variant.kernel not in INSTRUCTIONS:
         return ["draws weights and has no budget"]
     if not {variant.operands, *variant.traits}.isdisjoint(WITHOUT_BUDGET):
         return []
-    costs = (
-        ("instructions per weight", facts.instructions, INSTRUCTIONS[variant.kernel]),
-        ("instructions per weight of each further sample", facts.further_sample, FURTHER_SAMPLE),
-        ("special functions per weight", facts.special, SPECIAL),
-    )
-    return [f"{value:.2f} {what}; the budget is {budget:g}" for what, value, budget in costs if (value or 0) > budget]
+    budget = _budget(variant)
+    further_budget = IN_TURN_SAMPLE[variant.capability] if IN_TURN in variant.traits else FURTHER_SAMPLE
+    instructions = budget.instructions + facts.inputs * budget.per_input + further * FURTHER_SAMPLE
+    costs = [
+        ("instructions per weight", facts.instructions, instructions),
+        ("special functions per weight", facts.special, budget.special + further * LEAST_SPECIAL),
+        ("instructions per weight of each further sample", further_sample(facts, others), further_budget),
+    ]
+    return [f"{value:.2f} {what}; the budget is {most:g}" for what, value, most in costs if (value or 0) > most]
+
+
+def _budget(variant: Variant) -> Budget:
+    """For one Monte Carlo sample."""
+    for trait in reversed(variant.traits):  # samples in turn come after the estimator, and are what counts
+        if (variant.kernel, trait) in OF_ESTIMATOR:
+            return OF_ESTIMATOR[variant.kernel, trait][variant.capability]
+    return Budget(INSTRUCTIONS[variant.kernel])

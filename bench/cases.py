@@ -161,6 +161,7 @@ def quick_cases() -> list[Case]:
         Case("forward+backward", MNIST, 128),
         Case("training step", MNIST, 128),
         *(Case("prediction", MNIST, 128, samples=samples) for samples in (1, 8)),
+        Case("prediction", square(2048), 16, samples=32),
     ]
 
 

@@ -24,17 +24,21 @@ def passes(library: native.Library) -> dict[str, Callable[[], object]]:
     mu, rho = torch.randn(SIZE, SIZE), torch.full((SIZE, SIZE), -4.0)
     parameter = Parameter(mu, rho, torch.tensor(0.0), torch.tensor(0.05))
     key, result = Key(torch.tensor(5), None, Address()), torch.empty_like(mu)
-    gradients = {"grad_mu": torch.empty_like(mu), "grad_rho": torch.empty_like(mu), "grad_weight": torch.randn_like(mu)}
-    plain = make_problem(parameter, key, with_kl=False, weight=result)
-    charged = make_problem(parameter, key, with_kl=True, weight=result)
-    backward = make_problem(parameter, key, with_kl=True, grad_kl=torch.tensor(1.0), weight=result, **gradients)
+    gradients = {
+        "grad_mu": torch.empty_like(mu),
+        "grad_rho": torch.empty_like(mu),
+        "grad_product": torch.randn_like(mu),
+    }
+    plain = make_problem(parameter, key, with_kl=False)
+    charged = make_problem(parameter, key, with_kl=True)
+    backward = make_problem(parameter, key, with_kl=True, grad_kl=torch.tensor(1.0), **gradients)
     return {
-        "noise": lambda: library.forward(plain, native.Output.NORMAL),
-        "W": lambda: library.forward(plain, native.Output.WEIGHT),
-        "W and KL": lambda: library.forward(charged, native.Output.WEIGHT),
-        "sigma^2 and KL": lambda: library.forward(charged, native.Output.VARIANCE),
+        "noise": lambda: library.forward(plain, native.Output.NORMAL, result),
+        "W": lambda: library.forward(plain, native.Output.WEIGHT, result),
+        "W and KL": lambda: library.forward(charged, native.Output.WEIGHT, result),
+        "sigma^2 and KL": lambda: library.forward(charged, native.Output.VARIANCE, result),
         "KL": lambda: library.forward(charged, native.Output.NONE),
-        "dmu, drho and W": lambda: library.backward(backward),
+        "dmu, drho and W": lambda: library.backward(backward, native.Output.WEIGHT, result),
     }
 
 

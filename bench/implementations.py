@@ -7,6 +7,7 @@ import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,10 +17,11 @@ from torch import Tensor, nn
 import fusedbayes as fb
 from fusedbayes import reference
 from fusedbayes.noise import draw_seed
-from fusedbayes.reference import GaussianParameter
+from fusedbayes.reference import ESTIMATORS, GaussianParameter
 
 BASELINE = "nn.Linear"
 OURS = "fusedbayes"
+FAMILY = (OURS, f"{OURS}, local", f"{OURS}, flipout")  # by estimator
 REFERENCE = "reference, eager"
 PEERS = ("bayesian-torch", "torchbnn", "blitz-bayesian-pytorch")  # the libraries' packages
 SIGMA_INIT = 0.1  # of the prior's sigma, 1 / sqrt(in_features), for every implementation
@@ -38,6 +40,7 @@ class Implementation:
         kl_is_mean: the library averages the KL over each tensor instead of adding it up.
         kl_is_sampled: the library estimates the KL by the one sample that was drawn.
         compiled: torch.compile the network together with its KL.
+        ours: the KL comes by `fusedbayes.ELBO`, samples by `fusedbayes.predict`.
     """
 
     name: str
@@ -48,6 +51,7 @@ class Implementation:
     kl_is_mean: bool = False
     kl_is_sampled: bool = False
     compiled: bool = False
+    ours: bool = False
 
 
 LINEAR = Implementation(BASELINE, nn.Linear)
@@ -102,7 +106,10 @@ def implementations() -> dict[str, Implementation]:
     """Every implementation whose package can be imported, the baseline first and fusedbayes second."""
     found = [
         LINEAR,
-        Implementation(OURS, fb.BayesLinear, MU_RHO, kl=fb.kl_loss),
+        *(
+            Implementation(name, partial(fb.BayesLinear, estimator=estimator), MU_RHO, kl=fb.kl_loss, ours=True)
+            for name, estimator in zip(FAMILY, ESTIMATORS, strict=True)
+        ),
         Implementation(REFERENCE, ReferenceLinear, MU_RHO, kl=_sum_of_layers),
         Implementation("clean layer, eager", CleanLinear, MU_RHO, kl=_sum_of_layers),
         Implementation("torch.compile", CleanLinear, MU_RHO, kl=_sum_of_layers, compiled=True),

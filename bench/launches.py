@@ -22,6 +22,7 @@ from fusedbayes import kernels
 
 ALLOCATIONS = ("empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided")
 PRODUCTS = ("mm", "addmm", "matmul")
+UNUSED = {("_linear_backward_input_kernel", "shared"): ("x_ptr", "second_x_ptr")}  # arguments that it does not read
 
 
 class OnGpu(torch.Tensor):
@@ -86,13 +87,16 @@ class KernelLaunch(NamedTuple):
 
     @property
     def draws(self) -> bool:
-        """Whether it needs noise, and not only the KL."""
-        return self.arguments.get("seed_ptr") is not None
+        """Whether it draws weights, or what takes their place in a product, and not only the KL or noise of outputs."""
+        noise = self.arguments.get("seed_ptr") is not None or self.arguments.get("ESTIMATOR") == "local"
+        return noise and "weight" in self.arguments
 
     @property
     def bytes(self) -> int:
-        """Of all its tensors, each read or written once."""
-        return sum(map(_size, tree_leaves(list(self.arguments.values()))))
+        """Of all its tensors, each read or written once, also where two arguments are one tensor."""
+        unused = UNUSED.get((self.name, self.arguments.get("ESTIMATOR")), ())
+        leaves = tree_leaves([value for name, value in self.arguments.items() if name not in unused])
+        return sum(map(_size, {id(leaf): leaf for leaf in leaves}.values()))
 
     def compile(self) -> Any:
         """Triton's compiled kernel, for the launch's target."""
@@ -102,11 +106,20 @@ class KernelLaunch(NamedTuple):
 
 
 class Operation(NamedTuple):
-    """One of PyTorch's own operations: its name, the bytes it reads and writes, and its floating-point operations."""
+    """One of PyTorch's own operations, or of Inductor's.
+
+    Attributes:
+        bytes: that it reads and writes.
+        flop: floating-point operations of a matrix product.
+        instructions, special: of all its threads, the results of the special-function unit among them, if they are
+            counted.
+    """
 
     name: str
     bytes: int
-    flop: int
+    flop: int = 0
+    instructions: float = 0.0
+    special: float = 0.0
 
 
 @contextlib.contextmanager
@@ -135,8 +148,12 @@ class _Recorder(TorchDispatchMode):
                 return getattr(kernels, operator._schema.name.split("::")[1])(*arguments)
         result = operator(*args, **(kwargs or {}))
         name = operator._schema.name.split("::")[1]
-        tensors = [value for value in tree_leaves((args, kwargs, result)) if isinstance(value, Tensor)]
-        if tensors and name not in ALLOCATIONS and not operator.is_view:
+        # What an operator is to write to, it returns.
+        given = {name: value for name, value in (kwargs or {}).items() if name != "out"}
+        tensors = [value for value in tree_leaves((args, given, result)) if isinstance(value, Tensor)]
+        # Of the operators that may return a view, a conversion to another dtype copies all the same.
+        is_view = result is args[0] if name == "to" else operator.is_view
+        if tensors and name not in ALLOCATIONS and not is_view:
             flop = 2 * tensors[-3].numel() * tensors[-2].shape[-1] if name in PRODUCTS else 0
             moved = sum(map(_size, tensors))
             self.launches.append(Operation(name, moved, flop))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import fusedbayes as fb
 from bench.cases import Case
-from bench.implementations import OURS, SIGMA_INIT, Implementation
+from bench.implementations import SIGMA_INIT, Implementation
 from fusedbayes import reference
 from fusedbayes.reference import GaussianParameter
 
@@ -64,7 +64,7 @@ class Model:
             forward = torch.compile(self.network, dynamic=False, fullgraph=True)
             with_kl = torch.compile(with_kl, dynamic=False, fullgraph=True)
         self._forward, self._with_kl = forward, with_kl
-        self._elbo = fb.ELBO(self.network, _mean_square, num_data=1) if self.implementation.name == OURS else None
+        self._elbo = fb.ELBO(self.network, _mean_square, num_data=1) if self.implementation.ours else None
         self._optimizer = torch.optim.Adam(self.network.parameters(), lr=1e-4)
 
     @torch.no_grad()

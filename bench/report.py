@@ -19,7 +19,7 @@ import torch
 from matplotlib.ticker import LogLocator
 
 from bench.cases import GROUPS
-from bench.implementations import BASELINE, OURS, REFERENCE
+from bench.implementations import BASELINE, FAMILY, OURS, REFERENCE
 from bench.measure import device_name
 
 Record = dict[str, Any]
@@ -27,7 +27,7 @@ RESULTS = Path(__file__).parent / "results"
 # The same in every figure, whoever is missing from it.
 COLORS = {
     BASELINE: "0.6",
-    OURS: "black",
+    **dict(zip(FAMILY, ("black", "tab:olive", "tab:brown"), strict=True)),
     REFERENCE: "tab:purple",
     "clean layer, eager": "tab:pink",
     "torch.compile": "tab:red",
@@ -70,7 +70,7 @@ def by_case(records: list[Record]) -> dict[tuple[str, str], dict[str, Record]]:
 
 def fastest_rival(rows: dict[str, Record]) -> Record | None:
     """The fastest of the implementations that somebody else offers."""
-    rivals = [row for name, row in rows.items() if name not in (BASELINE, OURS, REFERENCE)]
+    rivals = [row for name, row in rows.items() if name not in (BASELINE, REFERENCE, *FAMILY)]
     return min(rivals, key=lambda row: row["median_s"], default=None)
 
 

@@ -3,8 +3,10 @@
 A kernel takes as long as the slowest of what it does at once, plus the latency of a launch:
 
 - memory: bytes of its tensors, each moved once, but mu and rho once for every tile of batch rows, over the bandwidth of
-  a copy;
-- issue: instructions per weight drawn, padding of tiles included, over 128 lanes per multiprocessor and cycle;
+  a copy; programs for different Monte Carlo samples of one tile of weights are neighbours, and share a read in the L2
+  cache;
+- issue: instructions per weight that is read, of all samples, padding of tiles included, over 128 lanes per
+  multiprocessor and cycle;
 - special functions: likewise, over 16 per multiprocessor and cycle;
 - matmul: floating-point operations, padding included, over the rate of large bf16 products;
 - waiting: a program's steps, one after another, each for as long as a load takes, shared by the steps that are loaded
@@ -12,10 +14,11 @@ A kernel takes as long as the slowest of what it does at once, plus the latency 
   show.
 
 Programs come in waves: as many at once as fit by registers, warps and shared memory. What counts for issue, special
-functions and matmul is the multiprocessor with the most programs of a wave. In the kernel of dmu and drho the epilogue
-follows the product; they overlap where another program is on the multiprocessor, and add up where there is none.
-PyTorch's own operations move their bytes and multiply at the rates above. Not in the model: traffic between L2 cache
-and multiprocessors, hits in the L2 cache, products below the best rate for want of a good tile.
+functions and matmul is the multiprocessor with the most programs of a wave. In the kernels of dmu and drho the epilogue
+follows the product, and both come again for each Monte Carlo sample; they overlap where another program is on the
+multiprocessor, and add up where there is none. PyTorch's own operations move their bytes and multiply at the rates
+above; of the compiled clean layer the instructions of its sampling kernel count too. Not in the model: traffic between
+L2 cache and multiprocessors, other hits in the L2 cache, products below the best rate for want of a good tile.
 
 Bandwidth and matmul rate are measured; the other constants, and all predictions, are not.
 """
@@ -27,7 +30,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from bench.facts import EPILOGUE, Facts, Variant, variant
+from bench.clean_layer import Cost
+from bench.facts import EPILOGUES, Facts, Variant, variant
 from bench.launches import KernelLaunch, Operation
 from fusedbayes.kernels.select import MULTIPROCESSORS
 
@@ -69,7 +73,13 @@ def resident(facts: Facts) -> int:
 def predict(launch: KernelLaunch | Operation, known: dict[Variant, Facts]) -> Prediction:
     """The time of one launch."""
     if isinstance(launch, Operation):
-        limits = {"memory": launch.bytes / BANDWIDTH, "matmul": launch.flop / FLOP_RATE}
+        cycles = CLOCK * H200_MULTIPROCESSORS
+        limits = {
+            "memory": launch.bytes / BANDWIDTH,
+            "matmul": launch.flop / FLOP_RATE,
+            "issue": launch.instructions / (LANES * cycles),
+            "special functions": launch.special / (SPECIAL_UNITS * cycles),
+        }
         return _slowest(launch.name, limits)
     facts = known[variant(launch)]
     if facts.instructions is None or facts.special is None:
@@ -92,21 +102,24 @@ def predict_all(launches: Sequence[KernelLaunch | Operation], known: dict[Varian
     return Prediction(longest.name, sum(prediction.seconds for prediction in each), longest.limit)
 
 
-def clean_layer(rows: int, shape: tuple[int, int], with_gradients: bool, backward: bool) -> list[Operation]:
-    """The least that torch.compile's clean layer can move under autocast to bf16, if nothing else limits it.
+def clean_layer(rows: int, shape: tuple[int, int], with_kl: bool, backward: bool, sampling: Cost) -> list[Operation]:
+    """What torch.compile's clean layer has to do under autocast to bf16, in as many launches as Inductor makes.
 
-    Per weight: mu and rho read and W written by one fused kernel, with eps kept in fp32 if gradients are wanted; W read
-    by the product. Backward: W read for dX; dL/dW written in bf16; it, eps, mu and rho read and both gradients written.
-    Its seed and the sum of its KL are launches without work; likewise the bias's gradient.
+    Per weight: mu and rho read and W written by one fused kernel, which takes the slower of that and of `sampling`,
+    with eps kept in fp32 if gradients are wanted; W read by the product. Backward, of which traffic alone counts: W
+    read for dX; dL/dW written in bf16; it, eps, mu and rho read and both gradients written. Its seeds, its bias and the
+    sum of its KL are launches without work.
     """
     (N, K), activations = shape, 2 * rows * sum(shape)
     weights, flop = N * K, 2 * rows * N * K
-    sampling = 8 + 2 + (4 if with_gradients else 0)
-    launches = [Operation("seed", 0, 0), Operation("sample", sampling * weights, 0), Operation("kl", 0, 0)]
+    moved = 8 + 2 + (4 if backward else 0)
+    work = sampling.instructions * weights, sampling.special * weights
+    launches = [Operation("seeds", 0), Operation("sample", moved * weights, 0, *work), Operation("bias", 0)]
+    launches += [Operation("kl", 0)] if with_kl else []
     launches.append(Operation("product", 2 * weights + activations, flop))
     if backward:
         launches += 2 * [Operation("product", 2 * weights + activations, flop)]
-        launches += [Operation("gradients", (2 + 4 + 8 + 8) * weights, 0), Operation("bias", 2 * rows * N, 0)]
+        launches += [Operation("gradients", (2 + 4 + 8 + 8) * weights), Operation("bias", 2 * rows * N)]
     return launches
 
 
@@ -129,15 +142,27 @@ def _phases(launch: KernelLaunch, facts: Facts) -> list[_Work]:
         ceil(N / constants["BLOCK_N"]) * constants["BLOCK_N"] * ceil(K / constants["BLOCK_K"]) * constants["BLOCK_K"]
     )
     flop = 2 * steps_m * constants["BLOCK_M"] * weights
+    num_samples = arguments.get("num_samples", 1)
+    times_drawn = ceil(num_samples / facts.samples)
+    flop *= times_drawn * facts.samples * (1 if constants.get("ESTIMATOR", "shared") == "shared" else 2)
     matmul = flop / launch.programs / (FLOP_RATE / H200_MULTIPROCESSORS)
-    if launch.name != EPILOGUE:
+    if launch.name not in EPILOGUES:
+        weights *= times_drawn
         moved += (steps_m - 1) * (_bytes(arguments["weight"].mu) + _bytes(arguments["weight"].rho))
         return [_drawing(facts, steps_m * weights / launch.programs, matmul, moved / launch.programs)]
-    issue = steps_m * facts.product_loop * facts.threads / (LANES * CLOCK)
-    waiting = steps_m * MEMORY_LATENCY / max(1, facts.ahead)
-    inputs = (_bytes(arguments["x_ptr"]) + _bytes(arguments["grad_y_ptr"])) / launch.programs
+    steps = num_samples * steps_m
+    issue = steps * facts.product_loop * facts.threads / (LANES * CLOCK)
+    waiting = steps * MEMORY_LATENCY / max(1, facts.ahead)
+    names = ("x_ptr", "grad_y_ptr", "second_x_ptr", "second_grad_ptr")
+    operands = {id(arguments[name]): arguments[name] for name in names if name in arguments}
+    inputs = sum(map(_bytes, operands.values())) / launch.programs
     product = _Work(issue, 0.0, matmul, inputs / BANDWIDTH, waiting)
-    return [product, _drawing(replace(facts, ahead=0), facts.weights, 0.0, moved / launch.programs - inputs)]
+    instructions, special = (
+        first + (num_samples - 1) * again
+        for first, again in zip((facts.instructions, facts.special), facts.repeated, strict=True)
+    )
+    epilogue = replace(facts, ahead=0, instructions=instructions, special=special)
+    return [product, _drawing(epilogue, facts.weights, 0.0, moved / launch.programs - inputs)]
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -48,16 +48,27 @@ class Instruction(NamedTuple):
 Code = list[Instruction]
 
 
+class Mark(NamedTuple):
+    """An instruction that there is one of for so many normals or sigmas."""
+
+    opcode: str
+    results: int
+
+
+NORMALS = Mark("MUFU.SIN", 2)  # each sine is half of a Box-Muller pair
+SIGMAS = Mark("MUFU.EX2", 1)
+
+
 class Counts(NamedTuple):
     """What a thread does in a piece of code.
 
     Attributes:
-        normals: normals that it draws: each sine is half of a Box-Muller pair.
+        marks: results that tell how many weights it works on: see `Mark`.
         instructions: without NOPs, which wait for what the hardware needs time for.
         special: results of the special-function unit: logarithms, exponentials, sines, square roots, reciprocals.
     """
 
-    normals: int = 0
+    marks: int = 0
     instructions: int = 0
     special: int = 0
 
@@ -133,9 +144,9 @@ def has(code: Code, names: Iterable[str]) -> bool:
     return any(instruction.name in names for instruction in code)
 
 
-def count(code: Code) -> Counts:
+def count(code: Code, mark: Mark) -> Counts:
     return Counts(
-        normals=2 * sum(instruction.opcode == "MUFU.SIN" for instruction in code),
+        marks=mark.results * sum(instruction.opcode == mark.opcode for instruction in code),
         instructions=sum(instruction.name != "NOP" for instruction in code),
         special=sum(instruction.name == "MUFU" for instruction in code),
     )
@@ -170,8 +181,8 @@ class Flow:
         """The blocks that can follow a loop at once."""
         return set().union(*(self.successors[number] for number in loop)) - loop
 
-    def paths(self, begin: set[int]) -> dict[int, Counts]:
-        """Of the ways from one of the blocks to the program's end, by how many normals they draw, the shortest.
+    def paths(self, begin: set[int], mark: Mark) -> dict[int, Counts]:
+        """Of the ways from one of the blocks to the program's end, by how many marks they have, the shortest.
 
         Each loop on the way is gone through at most once.
         """
@@ -181,7 +192,7 @@ class Flow:
                 following[tail] = following[tail] - {head} | self.after(self.loops[head])
         shortest: dict[int, dict[int, Counts]] = {}
         for number in TopologicalSorter(dict(enumerate(following))).static_order():
-            here = count(self.blocks[number])
+            here = count(self.blocks[number], mark)
             rest = [counts for successor in following[number] for counts in shortest[successor].values()]
             if not rest or self.blocks[number][-1].name == "EXIT":
                 rest.append(Counts())
@@ -236,7 +247,7 @@ class Flow:
 def _shortest(ways: Iterable[Counts]) -> dict[int, Counts]:
     best: dict[int, Counts] = {}
     for counts in ways:
-        known = best.get(counts.normals)
+        known = best.get(counts.marks)
         if known is None or counts.instructions < known.instructions:
-            best[counts.normals] = counts
+            best[counts.marks] = counts
     return best

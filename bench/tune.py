@@ -74,12 +74,16 @@ def launcher(kernel: str, shape: tuple[int, int, int], dtype: torch.dtype, devic
 
     def run(config: MatmulConfig) -> tuple[Tensor, ...]:
         if kernel == "forward":
-            return kernels.bayes_linear(x, mu, rho, *prior, *no_bias, *noise, (1, 0, 0), True, config=config)
-        if kernel == "backward_input":
-            return (kernels.bayes_linear_backward_input(grad_y, mu, rho, *noise, config=config),)
-        return kernels.bayes_linear_backward_weight(
-            grad_y, grad_kl, x, mu, rho, *prior, *no_bias, *noise, (1, 0, 0), config=config
-        )[:2]
+            return kernels.bayes_linear(
+                x, mu, rho, *prior, *no_bias, *noise, (1, 0, 0), 1, False, "shared", True, config=config
+            )[:2]
+        of_x = kernel == "backward_input"
+        how = 1, "shared", of_x, not of_x
+        slope = grad_y.new_empty(0)
+        grads = kernels.bayes_linear_backward(
+            grad_y, grad_kl, slope, x, mu, rho, *prior, *no_bias, *noise, (1, 0, 0), *how, config=config
+        )
+        return grads[:1] if of_x else grads[1:3]
 
     return run
 

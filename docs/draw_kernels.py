@@ -1,7 +1,7 @@
 """Draws the figures of docs/kernels.md: `python docs/draw_kernels.py` writes docs/figures/kernels-*.png.
 
 Lengths are tenths of an inch, from the upper left corner. The sizes in the labels are those of a 4096 x 4096 layer with
-fp32 parameters, bf16 products and 64 batch rows on sm_90.
+fp32 parameters, bf16 products and 64 batch rows on sm_90, unless they say otherwise.
 """
 
 from pathlib import Path
@@ -202,6 +202,106 @@ def draw_forward() -> None:
     drawing.save("forward")
 
 
+def draw_samples() -> None:
+    """Thirty-two samples of 16 rows: what a program does, and which programs are neighbours."""
+    title = "Several samples: mu and sigma once, a W for each sample"
+    conclusion = "Per weight, for all 32 samples: 8 bytes from memory; 24, and 16 of x, from the L2 cache"
+    drawing = Drawing(64, title, ALL, conclusion)
+    drawing.program(37, 37, "one program, 4 warps: 8 samples of 16 rows")
+    for y, name, end in ((19.6, "mu (N, K) fp32", 21.4), (32.4, "rho (N, K) fp32", 30.6)):
+        drawing.tensor(PARAMETER, (2, y, 13.5, 9), name, (0, 0.4, 1, 0.12), (0.25, 0.4, 0.08, 0.12))
+        drawing.arrow(PARAMETER, 15.7, y + 4.5, 22.4, end)
+    drawing.write(8.7, 7.2, "8 of x (32, 16, K) bf16")
+    for i in range(8):
+        band = (2, 8.4 + 0.95 * i, 13.5, 0.8)
+        style = {"fc": ACTIVATION.fill, "ec": ACTIVATION.edge, "lw": 0.8}
+        drawing.axes.add_patch(Rectangle(band[:2], *band[2:], **style, alpha=0.35))
+        drawing.axes.add_patch(Rectangle((5.4, band[1]), 1.1, 0.8, **style))
+    drawing.arrow(PLAIN, 6.4, 12.1, 9.4, 12.1, "->")
+    drawing.arrow(ACTIVATION, 15.7, 10.6, 49.2, 10.6)
+    drawing.box(ACTIVATION, 49.4, 8.2, 7.2, 4.8, "$x^T$: 1 KB\na sample")
+    drawing.arrow(ACTIVATION, 53, 13.2, 53, 15.2)
+    drawing.box(PARAMETER, 22.6, 17.8, 6, 7.2, "mu\n64 x 32\n8 KB")
+    drawing.box(PARAMETER, 22.6, 27, 6, 7.2, "rho\n64 x 32\n8 KB")
+    drawing.box(SUM, 22.6, 36.2, 14.8, 4.6, "KL: by the programs\nof samples 0 to 7")
+    drawing.box(PARAMETER, 30.6, 15.4, 4.8, 18.8, "mu\n+\nsigma\n*")
+    for y in (21.4, 30.6):
+        drawing.arrow(PARAMETER, 28.8, y, 30.4, y)
+    for y, sample in ((15.4, "0"), (20.9, "1"), (29.8, "7")):
+        drawing.box(NOISE, 35.8, y, 5, 4.4, f"eps {sample}")
+        drawing.arrow(NOISE, 41, y + 2.2, 42.4, y + 2.2)
+        drawing.box(SAMPLE, 42.6, y, 5, 4.4, f"$W_{sample}$")
+        drawing.arrow(SAMPLE, 47.8, y + 2.2, 49.2, y + 2.2)
+        drawing.box(SUM, 49.4, y, 7.2, 4.4, f"$y_{sample}^T$\n64 x 16")
+        drawing.arrow(RESULT, 56.8, y + 2.2, 64.3, y + 2.2)
+    for x in (38.3, 45.1, 53):
+        drawing.write(x, 27.5, "...")
+    drawing.write(71.3, 13.6, "y (32, 16, N) bf16, 4 MB")
+    drawing.box(RESULT, 64.5, 15.4, 13.5, 18.8, "8 of 32 samples,\n64 of N outputs:\n16 KB")
+    drawing.box(RESULT, 64.5, 36.2, 13.5, 4.6, "partial KL: 4 B")
+    drawing.arrow(RESULT, 37.6, 38.5, 64.3, 38.5)
+    draw_neighbours(drawing)
+    drawing.save("samples")
+
+
+def draw_neighbours(drawing: Drawing) -> None:
+    """Programs in the order of their numbers."""
+    drawing.write(1.5, 45, "Programs in the order of their numbers", ha="left", weight="bold")
+    shared = Kind("#e4eff8", "#1f5f99")
+    for tile in range(2):
+        x = 2 + 36 * tile
+        for group in range(4):
+            first = 8 * group
+            text = f"samples\n{first} to {first + 7}"
+            drawing.box(shared if group else PARAMETER, x + 8.6 * group, 46.8, 8, 4.8, text)
+        drawing.write(x + 16.9, 53.2, f"tile {tile}: the first reads it, the others find it in L2")
+    drawing.write(76, 49.2, "...")
+
+
+def draw_pair() -> None:
+    """The forward kernel's two products, and what becomes of them."""
+    operands = SAMPLE._replace(legend="operands")
+    legend = [PARAMETER, NOISE, operands, ACTIVATION, SUM, RESULT]
+    conclusion = "Per weight: 8 bytes read; with 64 rows 1 for both products, and 2 of x from the L2 cache"
+    drawing = Drawing(66, '"local" and "flipout", forward: two products of one tile', legend, conclusion)
+    drawing.program(37, 51, 'one program, 4 warps; sizes of "local"')
+    part, tile = (0.25, 0.4, 0.25, 0.12), (0.25, 0.4, 0.09, 0.12)
+    for y, name in ((9.4, "mu (N, K) fp32"), (37.8, "rho (N, K) fp32")):
+        drawing.tensor(PARAMETER, (2, y, 13.5, 9), name, part, tile)
+        drawing.arrow(PARAMETER, 15.7, y + 4.5, 24.3, y + 4.5)
+        drawing.box(PARAMETER, 24.5, y + 0.4, 8.2, 8.2, f"{name.split()[0]}\n16 KB")
+        drawing.arrow(PARAMETER, 32.9, y + 4.5, 36.2, y + 4.5)
+        drawing.arrow(operands, 44.8, y + 4.5, 47.4, y + 4.5)
+    drawing.box(operands, 36.4, 9.8, 8.2, 8.2, "mu\n64 x 64\nbf16")
+    drawing.box(operands, 36.4, 38.2, 8.2, 8.2, "sigma², or\nsigma eps\nbf16")
+    drawing.box(SUM, 47.6, 9.8, 8.2, 8.2, "$m^T$\n64 x 64\nfp32")
+    drawing.box(SUM, 47.6, 38.2, 8.2, 8.2, "$v^T$\n64 x 64\nfp32")
+    drawing.tensor(ACTIVATION, (2, 22.4, 13.5, 4), "x (M, K) bf16", (0.25, 0, 0.25, 1), (0.25, 0, 0.09, 1))
+    drawing.arrow(ACTIVATION, 15.7, 24.4, 47.4, 24.4)
+    drawing.box(ACTIVATION, 47.6, 21.8, 8.2, 5.2, "$x^T$\n8 KB")
+    drawing.arrow(ACTIVATION, 51.7, 21.6, 51.7, 18.2)
+    drawing.arrow(ACTIVATION, 51.7, 27.2, 51.7, 29.8)
+    drawing.box(operands, 47.6, 30, 8.2, 5.2, "x², or x\nwith signs r")
+    drawing.arrow(operands, 51.7, 35.4, 51.7, 38)
+    drawing.box(NOISE, 24.5, 28.2, 8.2, 7.2, 'eps, r:\n"flipout"\nonly')
+    drawing.arrow(NOISE, 32.9, 33.6, 36.2, 39.4)
+    drawing.arrow(NOISE, 32.9, 31.4, 47.4, 32.4)
+    drawing.box(SUM, 36.4, 49.4, 19.4, 4.8, "sum of log2 sigma,\nsum of squares")
+    drawing.box(RESULT, 64.5, 49.4, 13.5, 4.8, "partial KL: 4 B\na program")
+    drawing.arrow(RESULT, 56, 51.8, 64.3, 51.8)
+    drawing.write(71.3, 9, "m and v, fp32")
+    for split in range(4):
+        drawing.box(RESULT, 64.5, 10.4 + 3.1 * split, 13.5, 2.7, f"split {split}: 2 MB")
+    drawing.arrow(RESULT, 56, 13.9, 64.3, 15.4)
+    drawing.arrow(RESULT, 56, 42.3, 64.3, 21.2)
+    drawing.box(NOISE, 64.5, 27, 13.5, 6.8, "_combine_kernel:\nadds in order,\ndraws zeta or s")
+    drawing.arrow(RESULT, 71.2, 23, 71.2, 26.8)
+    drawing.arrow(RESULT, 71.2, 34, 71.2, 36.4)
+    drawing.box(RESULT, 64.5, 36.6, 13.5, 4.8, "y (M, N)\nbf16, 0.5 MB")
+    drawing.box(RESULT, 64.5, 41.8, 13.5, 4.8, 'slope: "local",\nbf16, 0.5 MB')
+    drawing.save("pair")
+
+
 def draw_backward_input() -> None:
     conclusion = "Per weight: 8 bytes read; with 64 rows 0.5 for partial sums, and 2 of dY from the L2 cache"
     drawing = Drawing(54, "dX, single pass: the same W, drawn again", ALL, conclusion)
@@ -243,7 +343,49 @@ def draw_backward_weight() -> None:
     drawing.save("dmu-drho")
 
 
+def draw_backward_pair() -> None:
+    """dmu and drho of several samples of "flipout"."""
+    conclusion = "Per weight: 8 bytes read, 8 written; for each sample of 64 rows 6 from the L2 cache"
+    legend = [PARAMETER, NOISE, ACTIVATION._replace(legend="x, dY and second: read"), SUM, RESULT]
+    drawing = Drawing(66, "dmu and drho of a pair of products, several samples", legend, conclusion)
+    drawing.program(37, 49.5, "one program, 8 warps: 64 x 128 weights")
+    for y, prime, sums in ((8.4, "", "G: goes on over\nall samples"), (22.9, "'", "H: of one\nsample")):
+        for below, name, x, end in ((0, "x", 0.4, 32.8), (7.6, "dY", 0.3, 24.2)):
+            sides = "(S, M, K)" if name == "x" else "(S, M, N)"
+            drawing.tensor(
+                ACTIVATION, (2, y + below, 13.5, 3.6), f"{name}{prime} {sides}", (x, 0, 0.3, 1), (x, 0, 0.3, 0.5)
+            )
+            drawing.arrow(ACTIVATION, 15.7, y + below + 1.8, end, y + below + 1.8)
+        drawing.box(ACTIVATION, 33, y, 12.8, 3.6, f"x{prime}: 16 KB")
+        drawing.box(ACTIVATION, 24.4, y + 5.4, 6.8, 6.4, f"$dY{prime}^T$\n8 KB")
+        drawing.box(SUM, 33, y + 5.4, 12.8, 6.4, sums)
+        drawing.arrow(ACTIVATION, 31.4, y + 8.6, 32.8, y + 8.6)
+        drawing.arrow(ACTIVATION, 39.4, y + 3.8, 39.4, y + 5.2)
+    drawing.box(NOISE, 24.4, 36.6, 6.8, 5.6, "eps of a\nsample")
+    drawing.box(SUM, 33, 36.6, 12.8, 5.6, "sum of H eps,\nfour pieces")
+    drawing.arrow(NOISE, 31.4, 39.4, 32.8, 39.4)
+    drawing.arrow(SUM, 39.4, 34.8, 39.4, 36.4)
+    drawing.box(PARAMETER, 24.4, 46, 6.8, 5, "mu: 8 KB")
+    drawing.box(PARAMETER, 33, 46, 6.8, 5, "rho: 8 KB")
+    drawing.box(SUM, 43.6, 46, 12.8, 5, "a piece at\na time")
+    drawing.arrow(PARAMETER, 40, 48.5, 43.4, 48.5)
+    drawing.arrow(SUM, 43.6, 42.4, 46.2, 45.8)
+    drawing.axes.plot((46, 51), (17, 17), color=SUM.edge, lw=1.5)
+    drawing.arrow(SUM, 51, 16.7, 51, 45.8)
+    part, tile = (0.4, 0.3, 0.3, 0.3), (0.55, 0.3, 0.075, 0.3)
+    for y, name in ((37, "mu (N, K)"), (47.4, "rho (N, K)")):
+        drawing.tensor(PARAMETER, (2, y, 13.5, 7), name, part, tile)
+        drawing.tensor(RESULT, (64.5, y, 13.5, 7), "d" + name, part, tile)
+        drawing.arrow(RESULT, 56.6, 48.5, 64.3, y + 3.5)
+    drawing.arrow(PARAMETER, 15.7, 40.5, 24.2, 47.4)
+    drawing.arrow(PARAMETER, 15.7, 52.4, 34.6, 51.2)
+    drawing.write(69, 14, "for each sample both\nproducts over its rows,\n64 a step")
+    drawing.write(69, 26, "after the last one\nmu and rho are read")
+    drawing.save("pair-backward")
+
+
 if __name__ == "__main__":
     FIGURES.mkdir(exist_ok=True)
-    for draw in (draw_noise, draw_sampling, draw_forward, draw_backward_input, draw_backward_weight):
+    forward = draw_noise, draw_sampling, draw_forward, draw_samples, draw_pair
+    for draw in (*forward, draw_backward_input, draw_backward_weight, draw_backward_pair):
         draw()

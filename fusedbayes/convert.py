@@ -13,6 +13,7 @@ from fusedbayes import reference
 from fusedbayes.checks import check_module, check_number, describe
 from fusedbayes.nn.linear import BayesLinear
 from fusedbayes.nn.module import BayesModule, variational_parameters
+from fusedbayes.reference import Estimator
 
 Where = Callable[[str, nn.Module], bool] | str | type[nn.Module] | Iterable[str | type[nn.Module]]
 
@@ -33,7 +34,7 @@ def to_bayesian(
     sigma_init: float | None = None,
     init: Literal["mean", "moped"] = "mean",
     delta: float | None = None,
-    estimator: str = "shared",
+    estimator: Estimator = "shared",
 ) -> nn.Module:
     """Makes every `torch.nn.Linear` of `model` a `BayesLinear`, in place.
 

@@ -101,7 +101,8 @@ def _as_int64(value: int | Tensor, name: str, low: int, end: int, device: torch.
     if not low <= value < end:
         raise ValueError(f"{name} must lie in [{low}, {end}), got {value}")
     # Filled on the device: a copy from the host would wait for it.
-    return torch.full((), value - 2**64 if value >= 2**63 else value, dtype=torch.int64, device=device)
+    value = value - 2**64 if value >= 2**63 else value
+    return torch.full((), value, dtype=torch.int64, device="cpu" if device is None else device)
 
 
 def philox_words(
@@ -124,7 +125,8 @@ def philox_words(
 def _philox(seed: Tensor, quads: Tensor, rows: Tensor, sample: Tensor, stream: int) -> tuple[Tensor, Tensor]:
     """The words as (x0, x2) and (x1, x3), stacked: both halves of a round in one operation, which small blocks need."""
     shape = torch.broadcast_shapes(quads.shape, rows.shape)
-    outer = torch.stack([quads.expand(shape), sample.expand(shape)])
+    # A sample that follows the last one is the first.
+    outer = torch.stack([quads.expand(shape), (sample & _MASK).expand(shape)])
     inner = torch.stack([rows.expand(shape), torch.full_like(sample, stream).expand(shape)])
     lanes = (2,) + (1,) * len(shape)
     key = torch.stack([seed, seed >> 32]).view(lanes)
@@ -202,6 +204,36 @@ def normal(
     return (blocks[0] if len(blocks) == 1 else torch.cat(blocks))[:, shift : shift + columns]
 
 
+def signs(
+    seed: int | Tensor,
+    rows: int,
+    columns: int,
+    *,
+    sample: int | Tensor = 0,
+    stream: int = 0,
+    row_offset: int = 0,
+    column_offset: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Draws the random signs of a (rows, columns) block of a larger tensor: +1 or -1, each with probability 1/2.
+
+    The sign of column c is bit ``c % 32`` of word ``(c // 32) % 4`` at the counter ``(c // 128, row, sample, stream)``,
+    -1 where it is set. Arguments and errors as `normal`, for any floating `dtype`.
+    """
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating-point dtype, got {dtype}")
+    check_coordinates(rows, columns, stream=stream, row_offset=row_offset, column_offset=column_offset)
+    seed = as_seed(seed, device)
+    first, end = column_offset // 128, -(-(column_offset + columns) // 128)
+    counters = torch.arange(first, end, device=seed.device)[None, :]
+    block_rows = torch.arange(row_offset, row_offset + rows, device=seed.device)[:, None]
+    words = torch.stack(philox_words(seed, counters, block_rows, sample, stream), -1)  # (rows, counters, 4)
+    bits = (words[..., None] >> torch.arange(32, device=seed.device)) & 1
+    shift = column_offset - 128 * first
+    return (1 - 2 * bits).to(dtype).reshape(rows, 128 * (end - first))[:, shift : shift + columns]
+
+
 def check_coordinates(
     rows: int,
     columns: int,
@@ -211,10 +243,11 @@ def check_coordinates(
     column_offset: int = 0,
 ) -> None:
     """Raises TypeError or ValueError unless the block lies inside the noise's address space (see `normal`)."""
-    values = {"rows": rows, "columns": columns, "stream": stream}
-    values |= {"row_offset": row_offset, "column_offset": column_offset}
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+    for name, value in (
+        *(("rows", rows), ("columns", columns), ("stream", stream)),
+        *(("row_offset", row_offset), ("column_offset", column_offset)),
+    ):
+        if type(value) is not int and (isinstance(value, bool) or not isinstance(value, int | torch.SymInt)):
             raise TypeError(f"{name} must be an int, got {describe(value)}")
         if value < 0:
             raise ValueError(f"{name} must not be negative, got {value}")

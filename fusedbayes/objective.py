@@ -5,11 +5,12 @@ docs/kl.md says which coefficient belongs where and why.
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from fusedbayes import folding
 from fusedbayes.checks import check_count, check_non_negative, describe
 from fusedbayes.nn.module import BayesModule, FusedKL, bayes_modules, variational_parameters
 from fusedbayes.reference import compute_dtype
@@ -61,7 +62,12 @@ class ELBO(nn.Module):
         kl_weight: a number >= 0 (default 1, the bound itself), or a schedule: a callable from the number of training
             steps already done to a number (`fusedbayes.schedules`). With a schedule, and where the model
             checkpoints activations, compile the model and not the ELBO.
-        num_samples: Monte Carlo samples of the weights per call over which nll is averaged (default 1).
+        num_samples: Monte Carlo samples of the weights per call over which nll is averaged (default 1). They run as one
+            batch, x repeated along dimension 0, and each Bayesian layer reads its parameters once for all of them; nll
+            gets the output of one sample at a time.
+        samples_at_once: how many samples are one batch. Default: as many as make an input of at most 2**24 numbers. 1
+            runs them one after another, for a model that does not treat dimension 0 as the batch, such as one with
+            BatchNorm in training mode.
 
     Shape:
         ``elbo(x, y)``: whatever `model` and `nll` take.
@@ -71,8 +77,9 @@ class ELBO(nn.Module):
             counts as one step. It stays 0 without a schedule.
 
     Raises:
-        TypeError: num_data or num_samples is not an int, or kl_weight neither a number nor callable.
-        ValueError: num_data or num_samples below 1, a negative kl_weight, or a model without a Bayesian layer.
+        TypeError: num_data, num_samples or samples_at_once is not an int, or kl_weight neither a number nor callable.
+        ValueError: num_data, num_samples or samples_at_once below 1, a negative kl_weight, or a model without a
+            Bayesian layer; at a call with several samples at once, a module that is known to mix the batch.
     """
 
     def __init__(
@@ -83,6 +90,7 @@ class ELBO(nn.Module):
         *,
         kl_weight: float | Schedule = 1.0,
         num_samples: int = 1,
+        samples_at_once: int | None = None,
     ) -> None:
         super().__init__()
         if not callable(nll):
@@ -91,26 +99,42 @@ class ELBO(nn.Module):
             raise ValueError("model has no Bayesian layer, so its KL is zero: convert it with fusedbayes.to_bayesian")
         self.num_data = check_count(num_data, "num_data")
         self.num_samples = check_count(num_samples, "num_samples")
+        self.samples_at_once = None if samples_at_once is None else check_count(samples_at_once, "samples_at_once")
         self.kl_weight = kl_weight if callable(kl_weight) else check_non_negative(kl_weight, "kl_weight")
         self.nll = nll
         self.model = model
         self.step = 0
 
-    def forward(self, x: Tensor, y: Tensor) -> ElboOutput:
+    def forward(self, x: Any, y: Any) -> ElboOutput:
+        at_once = folding.samples_at_once(x, self.num_samples, self.samples_at_once)
+        if at_once > 1:
+            folding.check_foldable(self.model)
         with _fused_kl(self.model) as kl_of_forward:
-            nll = self._mean_nll(x, y)
-        for _ in range(self.num_samples - 1):
-            nll = nll + self._mean_nll(x, y)
-        nll = nll / self.num_samples
+            nll = self._nll_of_samples(x, y, at_once)
+        for begin in range(at_once, self.num_samples, at_once):
+            nll = nll + self._nll_of_samples(x, y, min(at_once, self.num_samples - begin))
+        if self.num_samples > 1:
+            nll = nll / self.num_samples
         kl = kl_of_forward()
         return ElboOutput(nll + (self._current_kl_weight() / self.num_data) * kl, nll, kl)
 
-    def _mean_nll(self, x: Tensor, y: Tensor) -> Tensor:
-        nll = self.nll(self.model(x), y)
+    def _nll_of_samples(self, x: Any, y: Any, at_once: int) -> Tensor:
+        """The sum over so many samples of their mean nll, in one forward."""
+        if at_once == 1:
+            return self._mean_nll(self.model(x), y)
+        layers = [layer for _, layer in bayes_modules(self.model)]
+        with folding.drawing(layers, at_once, x) as folded:
+            output = folding.recalled(self.model(folded), layers, at_once, x)
+        outputs = folding.unfold(output, at_once, folding.batch_size(x))
+        return torch.stack([self._mean_nll(each, y) for each in outputs]).sum()
+
+    def _mean_nll(self, output: Any, y: Any) -> Tensor:
+        nll = self.nll(output, y)
         if not isinstance(nll, Tensor):
             raise TypeError(f"nll must return a tensor, got {describe(nll)}")
         # In fp32 or better: a sum of many half-precision terms would stand still.
-        return nll.mean(dtype=compute_dtype(nll))
+        dtype = compute_dtype(nll)
+        return nll if nll.dim() == 0 and nll.dtype == dtype else nll.mean(dtype=dtype)
 
     def _current_kl_weight(self) -> float:
         if not callable(self.kl_weight):
@@ -151,24 +175,28 @@ def _fused_kl(model: nn.Module) -> Iterator[Callable[[], Tensor]]:
         return _sum(kls, model)
 
     for layer in fused:
-        layer._kl_wanted = True
+        vars(layer)["_kl_wanted"] = True
     try:
         yield total
     finally:
         for layer in fused:
             results[layer] = layer._kl_of_forward
-            layer._kl_wanted = False
-            layer._kl_of_forward = None
+            vars(layer)["_kl_wanted"] = False
+            vars(layer)["_kl_of_forward"] = None
 
 
 def _is_current(result: FusedKL, layer: BayesModule) -> bool:
     """Whether the KL is of the layer's present parameters, and differentiable in those that want a gradient."""
-    present = [tensor for name in layer.names() for tensor in layer.gaussian(name)[:2]]
+    present = [tensor for name in layer.names() for tensor in layer.posterior(name)]
     if any(then is not now for then, now in zip(result.parameters, present, strict=True)):
         return False
-    wanted = [tensor.requires_grad and torch.is_grad_enabled() for tensor in present]
-    had = [flag and result.kl.requires_grad for flag in result.requires_grad]
-    return all(h or not w for h, w in zip(had, wanted, strict=True))
+    if not torch.is_grad_enabled():
+        return True
+    differentiable = result.kl.requires_grad
+    return all(
+        (differentiable and had) or not now.requires_grad
+        for had, now in zip(result.requires_grad, present, strict=True)
+    )
 
 
 def _sum(kls: list[Tensor], model: nn.Module) -> Tensor:

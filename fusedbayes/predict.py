@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fusedbayes import folding
+from fusedbayes.arguments import check_estimator
 from fusedbayes.checks import check_count, check_non_negative, describe
 from fusedbayes.nn.module import (
     BayesModule,
@@ -20,7 +22,7 @@ from fusedbayes.nn.module import (
     variational_parameters,
 )
 from fusedbayes.noise import Address, Role, as_sample, as_seed, draw_seed
-from fusedbayes.reference import compute_dtype
+from fusedbayes.reference import Estimator, compute_dtype
 
 _ROLES = {"weight": Role.WEIGHT, "bias": Role.BIAS}
 # Layers are numbered below 2^28, so that a stream, 8 * layer + role, is a non-negative int32.
@@ -134,49 +136,68 @@ def predict(
     *,
     seed: int | Tensor | None = None,
     class_dim: int = -1,
+    estimator: Estimator | None = None,
+    samples_at_once: int | None = None,
 ) -> Prediction:
     """Runs `model` on `x` under `num_samples` draws of its weights.
 
-    Sample s is the function of ``frozen_sample(model, seed, sample=s)``: one consistent draw for the whole batch. The
+    Sample s is the function of ``frozen_sample(model, seed, sample=s)``: with the estimator "shared" one consistent
+    draw for the whole batch. The samples run as one batch: `x` is repeated along dimension 0, and each Bayesian layer
+    reads its parameters once for all of them, so every module of the model has to treat dimension 0 as the batch. The
     modules are put into evaluation mode (dropout off, batch statistics fixed) and each back into its own afterwards.
     Not for several threads at once on one model: give each thread its copy.
 
     Args:
-        model: any module; its output must be one tensor.
-        x: the model's input, passed as ``model(x)``.
+        model: any module; its output must be one tensor, (batch, ...).
+        x: the model's input, passed as ``model(x)``: a tensor, or a tuple, list or dict of tensors, (batch, ...) each.
+            Anything else is run sample by sample, and so is a tensor of one dimension.
         num_samples: number of draws, 1 or more (default 32).
         seed: an int or a 0-d int64 tensor; default a fresh one from torch's generator.
         class_dim: of a single output, for the classification summaries (default the last).
+        estimator: in place of the layers' own (default None). With "local" each row is a sample of its own, right in
+            its distribution but no consistent function over the rows: for who needs mean and spread of each output
+            alone, and the fastest.
+        samples_at_once: how many samples are one batch. Default: as many as make an input of at most 2**24 numbers. 1
+            runs them one after another, for a model that does not treat dimension 0 as the batch.
 
     Returns:
         `Prediction`, with ``outputs`` of shape (num_samples, ...), without gradients.
 
     Raises:
-        TypeError: the model does not return a tensor, or num_samples is not an int.
-        ValueError: num_samples is below 1, the model has no Bayesian layer, or the shape or dtype of its output
-            depends on the draw.
+        TypeError: the model does not return a tensor, or num_samples or samples_at_once is not an int.
+        ValueError: num_samples or samples_at_once is below 1, there is no such estimator, the model has no Bayesian
+            layer, the shape or dtype of its output depends on the draw, or, with several samples at once, a module is
+            known to mix the batch or a shape shows that one does.
     """
     num_samples = check_count(num_samples, "num_samples")
+    if estimator is not None:
+        check_estimator(estimator)
+    at_once = folding.samples_at_once(x, num_samples, samples_at_once)
     layers = _addresses(model)
     seed = draw_seed(next(next(iter(layers)).parameters()).device) if seed is None else as_seed(seed)
     was_training = [(module, module.training) for module in model.modules()]
     outputs: Tensor | None = None
     try:
         model.eval()
-        for sample in range(num_samples):
-            with _noise_of(_frozen(layers, seed, sample)):
-                output = model(x)
+        if at_once > 1:
+            folding.check_foldable(model)
+        for begin in range(0, num_samples, at_once):
+            now = min(at_once, num_samples - begin)
+            frozen = _noise_of(_frozen(layers, seed, begin, estimator, each_sample=True))
+            with frozen, folding.drawing(layers, now, x) as folded:
+                output = model(folded)
             if not isinstance(output, Tensor):
                 raise TypeError(f"the model must return a tensor, got {describe(output)}: wrap it to pick one out")
+            each = [output] if now == 1 else folding.unfold(output, now, folding.batch_size(x))
             if outputs is None:
-                outputs = output.new_empty((num_samples, *output.shape))
-            if output.shape != outputs.shape[1:] or output.dtype != outputs.dtype:
+                outputs = output.new_empty((num_samples, *each[0].shape))
+            if each[0].shape != outputs.shape[1:] or output.dtype != outputs.dtype:
                 raise ValueError(
                     "the model's output must have one shape and dtype whatever the draw, got "
-                    f"{describe(output)} after {describe(outputs[0])}"
+                    f"{describe(each[0])} after {describe(outputs[0])}"
                 )
             # A copy: the model may write its next output over this one.
-            outputs[sample] = output
+            torch.stack(each, out=outputs[begin : begin + now])
     finally:
         for module, training in was_training:
             module.training = training
@@ -185,11 +206,14 @@ def predict(
 
 
 @contextlib.contextmanager
-def frozen_sample(model: nn.Module, seed: int | Tensor, *, sample: int | Tensor = 0) -> Iterator[None]:
+def frozen_sample(
+    model: nn.Module, seed: int | Tensor, *, sample: int | Tensor = 0, estimator: Estimator | None = None
+) -> Iterator[None]:
     """Within the context the Bayesian layers of `model` use one draw of their weights: one consistent function.
 
     The draw is a function of `seed`, `sample` and each layer's qualified name, not of call order: it is the same for
-    every batch, in every process and after save and load. Tied layers draw the same weights. Contexts nest; the
+    every batch, in every process and after save and load. What the estimators "local" and "flipout" draw for each row
+    is a function of the row's place in the batch besides. Tied layers draw the same weights. Contexts nest; the
     innermost counts. Compute gradients inside the context if activations are checkpointed, because their recomputation
     draws the weights again.
 
@@ -197,11 +221,16 @@ def frozen_sample(model: nn.Module, seed: int | Tensor, *, sample: int | Tensor 
         model: the module whose layers are frozen, with at least one Bayesian layer.
         seed: an int or a 0-d int64 tensor.
         sample: index of the Monte Carlo sample, an int in [0, 2**32) (default 0) or a 0-d int64 tensor.
+        estimator: in place of the layers' own (default None): with "shared" one function of whatever rows, however the
+            layers were trained.
 
     Raises:
-        TypeError, ValueError: `seed` or `sample` is not as above, or the model has no Bayesian layer.
+        TypeError, ValueError: `seed` or `sample` is not as above, there is no such estimator, or the model has no
+            Bayesian layer.
     """
-    with _noise_of(_frozen(_addresses(model), seed, sample)):
+    if estimator is not None:
+        check_estimator(estimator)
+    with _noise_of(_frozen(_addresses(model), seed, sample, estimator)):
         yield
 
 
@@ -228,12 +257,19 @@ def _noise_of(noise: dict[BayesModule, Any]) -> Iterator[None]:
 
 
 def _frozen(
-    layers: dict[BayesModule, dict[str, Address]], seed: int | Tensor, sample: int | Tensor
+    layers: dict[BayesModule, dict[str, Address]],
+    seed: int | Tensor,
+    sample: int | Tensor,
+    estimator: Estimator | None = None,
+    each_sample: bool = False,
 ) -> dict[BayesModule, FrozenNoise]:
     devices = {layer: next(layer.parameters()).device for layer in layers}
     # One copy to each device, not to each layer: a copy waits for the device.
     keys = {device: (as_seed(seed, device), as_sample(sample, device)) for device in set(devices.values())}
-    return {layer: FrozenNoise(*keys[devices[layer]], addresses) for layer, addresses in layers.items()}
+    return {
+        layer: FrozenNoise(*keys[devices[layer]], addresses, estimator, each_sample)
+        for layer, addresses in layers.items()
+    }
 
 
 def _addresses(model: nn.Module) -> dict[BayesModule, dict[str, Address]]:

@@ -4,8 +4,9 @@ Plain differentiable functions, for any device and floating dtype; autograd deri
 in float32, or float64 for float64 tensors, and rounded once at the end. Nothing is validated here (`functional` does).
 """
 
+import contextlib
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,10 @@ from torch import Tensor
 
 from fusedbayes import noise
 from fusedbayes.noise import Address, Role
+
+# How the output of a layer is sampled: see `bayes_linear`.
+Estimator = Literal["shared", "local", "flipout"]
+ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
 
 # Below this standard deviation softplus is cut off, so that log(sigma) and the KL stay finite for every finite rho.
 SIGMA_FLOOR = torch.finfo(torch.float32).tiny
@@ -114,13 +119,111 @@ def bayes_linear(
     sample: int | Tensor = 0,
     weight_address: Address = Address(Role.WEIGHT),
     bias_address: Address = Address(Role.BIAS),
+    *,
+    num_samples: int = 1,
+    estimator: Estimator = "shared",
 ) -> Tensor:
-    """y = x W^T + b with W and b sampled once for the whole batch (Blundell et al. 2015), in x's dtype."""
-    weight = sample_weight(weight_mu, weight_rho, seed, sample, weight_address, x.dtype)
-    bias = None
-    if bias_mu is not None and bias_rho is not None:
-        bias = sample_weight(bias_mu, bias_rho, seed, sample, bias_address, x.dtype)
-    return F.linear(x, weight, bias)
+    """y (num_samples * M, N) for x (num_samples * M, K), in x's dtype; each Monte Carlo sample has its M rows.
+
+    "shared": y = x W^T + b, with W and b sampled once for the M rows (Blundell et al. 2015). "local": y = x mu^T + b_mu
+    + sqrt(x^2 (sigma^2)^T + sigma_b^2) * zeta (Kingma et al. 2015). "flipout": y = x mu^T + ((x * r) (sigma * eps)^T) *
+    s + b (Wen et al. 2018). zeta, r and s belong to a row of the M and, as in the weight, to its output or its input;
+    their streams are the weight's plus their `Role`.
+    """
+    forward = {"shared": _shared_linear, "local": _local_linear, "flipout": _flipout_linear}[estimator]
+    weight, bias = (weight_mu, weight_rho), (bias_mu, bias_rho)
+    outputs = [
+        forward(rows, weight, bias, (seed, sample + index), weight_address, bias_address)
+        for index, rows in enumerate(x.chunk(num_samples) if x.shape[0] else [x])
+    ]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+Key = tuple[Tensor, int | Tensor]
+MaybeBias = tuple[Tensor | None, Tensor | None]
+
+
+def _shared_linear(
+    x: Tensor, weight: tuple[Tensor, Tensor], bias: MaybeBias, key: Key, address: Address, bias_address: Address
+) -> Tensor:
+    return F.linear(x, sample_weight(*weight, *key, address, x.dtype), _sample_bias(bias, key, bias_address, x.dtype))
+
+
+def _flipout_linear(
+    x: Tensor, weight: tuple[Tensor, Tensor], bias: MaybeBias, key: Key, address: Address, bias_address: Address
+) -> Tensor:
+    mu, rho = weight
+    N, K = mu.shape
+    dtype = compute_dtype(mu)
+    perturbation = sigma_from_rho(rho.to(dtype)) * weight_noise(mu, *key, address)
+    r, s = (signs_of(x, size, key, address, role) for size, role in ((K, Role.FLIPOUT_INPUT), (N, Role.FLIPOUT_OUTPUT)))
+    y = F.linear(x, mu.to(x.dtype), _sample_bias(bias, key, bias_address, x.dtype))
+    return y + F.linear(x * r, perturbation.to(x.dtype)) * s
+
+
+def _local_linear(
+    x: Tensor, weight: tuple[Tensor, Tensor], bias: MaybeBias, key: Key, address: Address, bias_address: Address
+) -> Tensor:
+    mean, std = local_moments(x, weight, bias)
+    zeta = local_noise(x.shape[0], weight[0], key, address)
+    return (mean + std * zeta).to(x.dtype)
+
+
+def local_moments(x: Tensor, weight: tuple[Tensor, Tensor], bias: MaybeBias) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each output, in the dtype of arithmetic; where nothing varies, a gradient of 0."""
+    (mu, rho), dtype = weight, compute_dtype(weight[0])
+    bias_mu, bias_rho = bias
+    mean = F.linear(x, mu.to(x.dtype), None if bias_mu is None else bias_mu.to(x.dtype)).to(dtype)
+    # Not in 16 bits, whatever autocast says: squares of float16 overflow and underflow.
+    with without_autocast(x):
+        variance = F.linear(x.to(dtype).square(), sigma_from_rho(rho.to(dtype)).square())
+    if bias_rho is not None:
+        variance = variance + sigma_from_rho(bias_rho.to(dtype)).square()
+    varies = variance > 0.0
+    # The root of something else where it has no derivative: a where after the root would multiply infinity with 0.
+    return mean, torch.where(varies, variance, 1.0).sqrt() * varies
+
+
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Products within are of their operands' dtype."""
+    kind = x.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return contextlib.nullcontext()
+    return torch.autocast(kind, enabled=False)
+
+
+def local_noise(rows: int, weight_mu: Tensor, key: Key, address: Address) -> Tensor:
+    """zeta (rows, N) of the local estimator."""
+    return noise.normal(
+        key[0],
+        rows,
+        weight_mu.shape[0],
+        sample=key[1],
+        stream=address.stream + Role.LOCAL,
+        column_offset=address.row_offset,
+        dtype=compute_dtype(weight_mu),
+        device=weight_mu.device,
+    )
+
+
+def signs_of(x: Tensor, columns: int, key: Key, address: Address, role: int) -> Tensor:
+    """Flipout's signs of x's rows: of the inputs, which are the weight's columns, or of the outputs, its rows."""
+    offset = address.column_offset if role == Role.FLIPOUT_INPUT else address.row_offset
+    return noise.signs(
+        key[0],
+        x.shape[0],
+        columns,
+        sample=key[1],
+        stream=address.stream + role,
+        column_offset=offset,
+        dtype=x.dtype,
+        device=x.device,
+    )
+
+
+def _sample_bias(bias: MaybeBias, key: Key, address: Address, dtype: torch.dtype) -> Tensor | None:
+    mu, rho = bias
+    return None if mu is None or rho is None else sample_weight(mu, rho, *key, address, dtype)
 
 
 def matrix_shape(tensor: Tensor) -> tuple[int, int]:

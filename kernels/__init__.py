@@ -16,8 +16,6 @@ _MODULES = {
     "TileConfig": "config",
     "bayes_linear": "linear",
     "bayes_linear_backward": "linear_backward",
-    "bayes_linear_backward_input": "linear_backward_input",
-    "bayes_linear_backward_weight": "linear_backward_weight",
     "normal_tile": "noise",
     "philox_words": "noise",
     "sample_weight": "sample",

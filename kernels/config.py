@@ -23,6 +23,7 @@ class MatmulConfig:
         block_m, block_n, block_k: the tile of one program, powers of two of at least 16 (tl.dot's smallest).
         num_warps, num_stages: warps per program, depth of the load pipeline.
         unroll: tiles per iteration of the forward's main loop.
+        samples: Monte Carlo samples of the forward that one program draws, from one mu and sigma.
         splits: parts of the product's sum, worked on by different programs and added in their order. Not of dmu and
             drho, which have programs enough.
         single_pass: sample inside the product; otherwise the weights are sampled once to memory and the library
@@ -38,6 +39,7 @@ class MatmulConfig:
     num_warps: int = 4
     num_stages: int = 2
     unroll: int = 1
+    samples: int = 1
     splits: int = 1
     single_pass: bool = True
     max_registers: int | None = None

@@ -70,17 +70,17 @@ def kl_from_sums(logarithms, squares, centres):
 
 
 @triton.jit
-def gaussian_gradients(grad_weight, grad_kl, mu, rho, eps, prior_mu, prior_sigma, WITH_KL: tl.constexpr):
-    """dmu = G + k (mu - m0) and drho = (G eps + k sigma - g / sigma) sigmoid(rho), with k = g / s0^2.
+def gaussian_gradients(grad_mu, grad_sigma, grad_kl, mu, rho, prior_mu, prior_sigma, WITH_KL: tl.constexpr):
+    """dmu = G + k (mu - m0) and drho = (H + k sigma - g / sigma) sigmoid(rho), with k = g / s0^2.
 
-    G = dL/dW is `grad_weight`, g = dL/dKL is `grad_kl`. With t = exp(-|rho|), sigmoid(rho) / sigma is
-    (t if rho < 0 else 1) / (sigma (1 + t)): at most 1, while g / sigma would overflow. Below sigma's floor t is 0, and
-    with it drho.
+    G and H, `grad_mu` and `grad_sigma`, are what the output says of mu and sigma; g = dL/dKL is `grad_kl`. With
+    t = exp(-|rho|), sigmoid(rho) / sigma is (t if rho < 0 else 1) / (sigma (1 + t)): at most 1, while g / sigma would
+    overflow. Below sigma's floor t is 0, and with it drho.
     """
     t, sigma = _exp_and_sigma(rho)
     sigmoid_over_sigma = tl.where(rho < 0.0, t, 1.0) * reciprocal(sigma * t + sigma)
-    dmu = grad_weight
-    factor = grad_weight * eps
+    dmu = grad_mu
+    factor = grad_sigma
     if WITH_KL:
         k = grad_kl / prior_sigma / prior_sigma
         dmu += k * (mu - prior_mu)

@@ -8,7 +8,10 @@ import triton.language as tl
 from torch import Tensor
 
 # Fresh values of these must not compile a fresh kernel. Triton does not look for them inside a tuple.
-NOT_SPECIALIZED = ["row_offset", "quad_offset", "stream", "bias_row", "bias_column", "bias_stream", "tiles_per_split"]
+NOT_SPECIALIZED = [
+    *("row_offset", "row_quad", "quad_offset", "stream"),
+    *("bias_row", "bias_column", "bias_stream", "tiles_per_split"),
+]
 
 # mu, rho, prior_mu, prior_sigma; the priors may be missing, or single numbers.
 Parameter = tuple[Tensor, Tensor, Tensor | None, Tensor | None]

@@ -1,16 +1,15 @@
 """y = x W^T + b with W drawn inside the product: one pass over (mu, rho) gives the output and the KL."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusedbayes.kernels.bias import sample_bias
+from fusedbayes.kernels.bias import bias_term
+from fusedbayes.kernels.combine import combine
 from fusedbayes.kernels.config import MatmulConfig, fits
-from fusedbayes.kernels.gaussian import sigma_from_rho
 from fusedbayes.kernels.launch import (
     NOT_SPECIALIZED,
     Parameter,
@@ -21,68 +20,28 @@ from fusedbayes.kernels.launch import (
     whole_quads,
     with_near_rows,
 )
-from fusedbayes.kernels.noise import Noise, load_key, normal_tile
-from fusedbayes.kernels.parameter import gaussian, load_elements
+from fusedbayes.kernels.linear_step import Tiles, step
+from fusedbayes.kernels.noise import Noise, load_key
+from fusedbayes.kernels.parameter import gaussian
 from fusedbayes.kernels.sample import sample_layer
+from fusedbayes.kernels.second_operands import second_operands
 from fusedbayes.kernels.select import select_config
+from fusedbayes.kernels.streams import batch_of, sample_after
 from fusedbayes.kernels.sums import new_total, partial_results, reduce, sum_in_order, value_of
-from fusedbayes.kernels.tile_kl import add_kl, open_charge, total_kl
-
-
-class _Tiles(NamedTuple):
-    """What the steps of a program share.
-
-    Attributes:
-        x_ptr, mu_ptr, rho_ptr: at the program's first row; x_offsets (BLOCK_K, BLOCK_M), weight_offsets (BLOCK_N,
-            BLOCK_K): of the first tile of columns.
-        noise: of the first tile of columns.
-        charge: of `open_charge`, or None without KL.
-    """
-
-    x_ptr: Any
-    x_offsets: Any
-    stride_xk: Any
-    mu_ptr: Any
-    rho_ptr: Any
-    weight_offsets: Any
-    noise: Any
-    charge: Any
-    K: Any
-
-
-@triton.jit
-def _step(y, kl_sums, tile_k, tiles, MASKED: tl.constexpr, DOT_DTYPE: tl.constexpr, INPUT_PRECISION: tl.constexpr):
-    """One tile of columns: draw W, multiply, add to y (BLOCK_N, BLOCK_M) and to the sums of the KL."""
-    BLOCK_K: tl.constexpr = tiles.weight_offsets.shape[1]
-    noise = tiles.noise
-    first = tile_k * BLOCK_K
-    # A 32-bit sum per four weights and a wide multiply-add per address: cheaper than 64-bit offsets.
-    offsets = tiles.weight_offsets + first
-    exist, x_exist, quads_exist = None, None, None
-    if MASKED:
-        columns = first + tl.arange(0, BLOCK_K)
-        exist, x_exist = (columns < tiles.K)[None, :], (columns < tiles.K)[:, None]
-        quads_exist = (first + 4 * tl.arange(0, BLOCK_K // 4) < tiles.K)[None, :]
-    mu = load_elements(tiles.mu_ptr, offsets, exist, 0.0).to(tl.float32)
-    sigma = sigma_from_rho(load_elements(tiles.rho_ptr, offsets, exist, 0.0).to(tl.float32))
-    x = load_elements(tiles.x_ptr + tl.cast(first, tl.int64) * tiles.stride_xk, tiles.x_offsets, x_exist, 0.0)
-    quads = noise.columns + tile_k * (BLOCK_K // 4)
-    weight = mu + sigma * normal_tile(noise.seed, noise.rows, quads, noise.sample, noise.stream)
-    y = tl.dot(weight.to(x.dtype).to(DOT_DTYPE), x.to(DOT_DTYPE), y, input_precision=INPUT_PRECISION)
-    if tiles.charge is not None:
-        kl_sums = add_kl(kl_sums, tiles.charge, mu, sigma, offsets, exist, quads_exist)
-    return y, kl_sums
+from fusedbayes.kernels.tile_kl import open_charge, total_kl
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _linear_forward_kernel(
-    y_ptr,  # (M, N) row-major, or (splits, M, N) fp32 partial results
+    y_ptr,  # (num_samples, M, N) row-major, or (splits, num_samples, M, N) fp32 partial results; of a pair of products
+    # (splits, 2, num_samples, M, N) fp32
     kl,  # a `Total` of splits * cdiv(N, BLOCK_N) parts, or None
-    x_ptr,  # (M, K)
+    x_ptr,  # (num_samples, M, K)
     weight,  # a `Gaussian` (N, K)
     bias,  # a `Gaussian` (N,), perhaps of None
     seed_ptr,  # () int64
     sample_ptr,  # () int64, or None for 0
+    num_samples,
     M,
     N,
     K,
@@ -98,23 +57,32 @@ def _linear_forward_kernel(
     EVEN_N: tl.constexpr,  # BLOCK_N divides N
     EVEN_K: tl.constexpr,  # BLOCK_K divides K
     X_QUADS: tl.constexpr,  # x has whole quads of adjacent columns
+    SAME_INPUT: tl.constexpr,  # x is (M, K), one batch for all samples
     KL_ROWS: tl.constexpr,  # that the threads cover at once: a thread adds up the rows that it has
     DOT_DTYPE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    ESTIMATOR: tl.constexpr,
     UNROLL: tl.constexpr,
+    SAMPLES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """y^T = W x^T + b over a split of the columns, the sampled tile on the tensor cores' M side.
 
-    Grid: (cdiv(N, BLOCK_N), splits, cdiv(M, BLOCK_M)). Every tile of batch rows draws the same W; the first one's KL
-    counts, and the first split adds the bias. 4 divides K and the shard's first column.
+    Each of SAMPLES Monte Carlo samples draws its W from one mu and sigma, for its own batch of M rows. Of the other
+    estimators it is the pair of products, with the bias, that `combine` makes y of; see `step`.
+
+    Grid: (cdiv(num_samples, SAMPLES) * cdiv(N, BLOCK_N), splits, cdiv(M, BLOCK_M)). Every tile of batch rows draws the
+    same W; the first one's KL counts, and the first split adds the bias. 4 divides K and the shard's first column.
+    Programs that differ in their samples alone are neighbours: what one reads the others find in the cache.
     """
     K = K // 4 * 4  # for the compiler to see
     if X_QUADS:
         stride_xm = stride_xm // 4 * 4
-    tile_n, split, tile_m = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    groups = tl.cdiv(num_samples, SAMPLES)
+    tile_n, split, tile_m = tl.program_id(0) // groups, tl.program_id(1), tl.program_id(2)
+    first_sample = (tl.program_id(0) % groups).to(tl.int64) * SAMPLES
     first_row, first_batch = tile_n * BLOCK_N, tile_m * BLOCK_M
     rows, batch = first_row + tl.arange(0, BLOCK_N), first_batch + tl.arange(0, BLOCK_M)
     # Rows that stick out repeat the last one: drawn, multiplied and not stored, so that no load needs a mask for them.
@@ -131,38 +99,63 @@ def _linear_forward_kernel(
         if EVEN_N:
             exist = tl.full((BLOCK_N, 1), True, tl.int1)  # folded
         charge = open_charge(weight, start, exist, KL_ROWS)
-    tiles = _Tiles(x_ptr, x_offsets, stride_xk, weight.mu + start, weight.rho + start, weight_offsets, noise, charge, K)
+    stride_xs = tl.zeros((), tl.int64) if SAME_INPUT else stride_xm.to(tl.int64) * M
+    tiles = Tiles(
+        x_ptr,
+        x_offsets,
+        stride_xk,
+        stride_xs,
+        first_sample,
+        num_samples - 1,
+        weight.mu + start,
+        weight.rho + start,
+        weight_offsets,
+        noise,
+        batch,
+        tl.cast(quad_offset, tl.int64),
+        charge,
+        K,
+    )
     first_tile = split * tiles_per_split
     end_tile = tl.minimum(first_tile + tiles_per_split, tl.cdiv(K, BLOCK_K))
     full_end = tl.minimum(end_tile, K // BLOCK_K)
 
-    y = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    PRODUCTS: tl.constexpr = SAMPLES if ESTIMATOR == "shared" else 2
+    products = ()
+    for _ in tl.static_range(PRODUCTS):
+        products += (tl.zeros((BLOCK_N, BLOCK_M), tl.float32),)
     nothing = tl.zeros((KL_ROWS, BLOCK_K // 4), tl.float32)
     kl_sums = nothing, nothing
     for tile_k in tl.range(first_tile, full_end, loop_unroll_factor=UNROLL):
-        y, kl_sums = _step(y, kl_sums, tile_k, tiles, False, DOT_DTYPE, INPUT_PRECISION)
+        products, kl_sums = step(products, kl_sums, tile_k, tiles, False, ESTIMATOR, DOT_DTYPE, INPUT_PRECISION)
     if not EVEN_K:
         if full_end < end_tile:
-            y, kl_sums = _step(y, kl_sums, full_end, tiles, True, DOT_DTYPE, INPUT_PRECISION)
+            products, kl_sums = step(products, kl_sums, full_end, tiles, True, ESTIMATOR, DOT_DTYPE, INPUT_PRECISION)
 
     kl_part = 0.0
     if kl is not None:
         kl_part = total_kl(kl_sums, charge)
-    if bias.mu is not None:
-        if split == 0:
-            bias_columns = tl.cast(bias_column, tl.int64) + rows
-            b, bias_kl = sample_bias(
-                bias, Noise(seed, bias_row, bias_columns, sample, bias_stream), rows, N, kl is not None
-            )
-            y += b.to(x_ptr.dtype.element_ty).to(tl.float32)[:, None]
-            kl_part += bias_kl
+    in_bounds = (rows < N)[:, None] & (batch < M)[None, :]
     # 32-bit offsets within the tile: of a large one, 64-bit addresses would not fit the registers.
-    y_ptr += (split.to(tl.int64) * M + first_batch) * N + first_row
     y_offsets = tl.arange(0, BLOCK_M)[None, :] * N + tl.arange(0, BLOCK_N)[:, None]
-    tl.store(y_ptr + y_offsets, y.to(y_ptr.dtype.element_ty), mask=(rows < N)[:, None] & (batch < M)[None, :])
+    for i in tl.static_range(PRODUCTS):
+        product, index, plane = products[i], first_sample, (split.to(tl.int64) * PRODUCTS + i) * num_samples
+        if ESTIMATOR == "shared":
+            index, plane = tl.minimum(first_sample + i, num_samples - 1), split.to(tl.int64) * num_samples
+        if bias.mu is not None:
+            if split == 0:
+                bias_columns = tl.cast(bias_column, tl.int64) + rows
+                bias_noise = Noise(seed, bias_row, bias_columns, sample + index, bias_stream)
+                b, bias_kl = bias_term(bias, bias_noise, rows, N, i, ESTIMATOR, x_ptr.dtype.element_ty, kl is not None)
+                product += b[:, None]
+                if i == 0:
+                    kl_part += bias_kl
+        tile_ptr = y_ptr + ((plane + index) * M + first_batch) * N + first_row
+        tl.store(tile_ptr + y_offsets, product.to(y_ptr.dtype.element_ty), mask=in_bounds)
     if kl is not None:
-        if tile_m == 0:
-            sum_in_order(kl, kl_part, split * tl.num_programs(0) + tile_n, tl.num_programs(0) * tl.num_programs(1))
+        if (tile_m == 0) & (first_sample == 0):
+            tiles_n = tl.cdiv(N, BLOCK_N)
+            sum_in_order(kl, kl_part, split * tiles_n + tile_n, tiles_n * tl.num_programs(1))
 
 
 def _single_pass(
@@ -171,25 +164,34 @@ def _single_pass(
     bias: Sequence[Tensor | None],
     key: tuple[Tensor, Tensor | None],
     addresses: tuple[Sequence[int], Sequence[int]],
+    num_samples: int,
+    same_input: bool,
+    estimator: str,
     with_kl: bool,
     config: MatmulConfig,
-) -> tuple[Tensor, Tensor]:
-    (M, K), N = x.shape, weight[0].shape[0]
+) -> tuple[Tensor, Tensor, Tensor]:
+    N, K = weight[0].shape
+    rows = num_samples * x.shape[0] if same_input else x.shape[0]
+    # Without noise of the weights all samples are one batch, or their products those of the one that they share.
+    batches, products = (1, x.shape[0]) if estimator == "local" else (num_samples, rows)
+    M, pair = products // batches, estimator != "shared"
     x = with_near_rows(x, max(config.block_m, config.block_k))
     stream, row_offset, column_offset = addresses[0]
     tiles_n, tiles_k = triton.cdiv(N, config.block_n), triton.cdiv(K, config.block_k)
     tiles_per_split = triton.cdiv(tiles_k, config.splits)
     splits = triton.cdiv(tiles_k, tiles_per_split)
-    y = x.new_empty((M, N))
-    partial_y = partial_results(y, splits)
+    samples = 1 if pair else config.samples
+    y = x.new_empty((rows, N))
+    partial = x.new_empty((splits, 2, products, N), dtype=torch.float32) if pair else partial_results(y, splits)
     kl = new_total(x, splits * tiles_n) if with_kl else None
-    _linear_forward_kernel[(tiles_n, splits, triton.cdiv(M, config.block_m))](
-        partial_y,
+    _linear_forward_kernel[(triton.cdiv(batches, samples) * tiles_n, splits, triton.cdiv(M, config.block_m))](
+        partial,
         kl,
         x,
         gaussian(weight),
         gaussian(bias),
         *key,
+        batches,
         M,
         N,
         K,
@@ -202,16 +204,71 @@ def _single_pass(
         EVEN_N=N % config.block_n == 0,
         EVEN_K=K % config.block_k == 0,
         X_QUADS=whole_quads(x.stride()),
+        SAME_INPUT=same_input,
         KL_ROWS=min(config.block_n, max(1, 4 * 32 * config.num_warps // config.block_k)),
         **dot_options(x),
+        ESTIMATOR=estimator,
         UNROLL=config.unroll,
+        SAMPLES=samples,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return reduce(y, partial_y, splits), value_of(kl, x)
+    if pair:
+        return y, value_of(kl, x), combine(y, partial[:, 0], partial[:, 1], key, addresses[0], num_samples, estimator)
+    return reduce(y, partial, splits), value_of(kl, x), x.new_empty(0, num_samples)
+
+
+def _in_two_passes(
+    x: Tensor,
+    weight: Parameter,
+    bias: Sequence[Tensor | None],
+    key: tuple[Tensor, Tensor | None],
+    addresses: tuple[Sequence[int], Sequence[int]],
+    num_samples: int,
+    same_input: bool,
+    estimator: str,
+    with_kl: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Samples what is multiplied, once for each Monte Carlo sample, and has the library multiply."""
+    rows = num_samples * x.shape[0] if same_input else x.shape[0]
+    if same_input and estimator != "local":  # whose products are the same for all samples
+        x = x.repeat(num_samples, 1)
+    y, mu, bias_mu = x.new_empty(rows, weight[0].shape[0]), weight[0], bias[0]
+    first, second, second_x, pair = y, y, x, estimator != "shared"
+    batches = 1 if estimator == "local" else num_samples
+    if pair:
+        second_x, _ = second_operands(x, None, None, key, addresses[0], batches, estimator)
+        shape = x.shape[0], y.shape[1]
+        first, second, mu = x.new_empty(shape), second_x.new_empty(shape), mu.to(x.dtype)
+    total = None
+    for index in range(batches):
+        drawn = key[0], sample_after(key, index)
+        charged = with_kl and index == 0
+        sampled, sampled_bias, kl = sample_layer(weight, bias, drawn, addresses, second_x.dtype, charged, estimator)
+        assert sampled is not None
+        total = kl if total is None else total
+        of_second, of_mean = sampled_bias, bias_mu
+        if estimator == "flipout":
+            of_second, of_mean = None, sampled_bias
+        out, operand = batch_of(second, index, batches), batch_of(second_x, index, batches)
+        _multiply(out, operand, sampled, of_second)
+        if pair:
+            _multiply(batch_of(first, index, batches), batch_of(x, index, batches), mu, of_mean)
+    assert total is not None
+    if not pair:
+        return y, total, x.new_empty(0, num_samples)
+    return y, total, combine(y, first[None], second[None], key, addresses[0], num_samples, estimator)
+
+
+def _multiply(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Out = x W^T + b."""
+    if bias is None:
+        torch.mm(x, weight.t(), out=out)
+    else:
+        torch.addmm(bias.to(out.dtype), x, weight.t(), out=out)
 
 
 def bayes_linear(
@@ -228,18 +285,22 @@ def bayes_linear(
     sample: Tensor | None,
     weight_address: Sequence[int],
     bias_address: Sequence[int],
+    num_samples: int,
+    same_input: bool,
+    estimator: str,
     with_kl: bool,
     config: MatmulConfig | None = None,
-) -> tuple[Tensor, Tensor]:
-    """y and the KL of weight and bias; see the operator of this name."""
-    shape = (x.shape[0], *weight_mu.shape)
-    config = config or select_config("forward", shape, x.dtype, capability(x), allow_tf32())
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, the KL of weight and bias, and the slope; see the operator of this name."""
+    one_batch = same_input or estimator == "local"
+    shape = (x.shape[0] if one_batch else x.shape[0] // num_samples, *weight_mu.shape)
+    batches = 1 if estimator == "local" else num_samples
+    config = config or select_config("forward", shape, x.dtype, capability(x), allow_tf32(), batches, estimator)
     weight = (weight_mu, weight_rho, weight_prior_mu, weight_prior_sigma)
     bias = (bias_mu, bias_rho, bias_prior_mu, bias_prior_sigma)
     key, addresses = (seed, sample), (weight_address, bias_address)
-    if config.single_pass and fits("forward", config, shape) and weight_address[2] % 4 == 0:
-        return _single_pass(x, weight, bias, key, addresses, with_kl, config)
-    sampled, sampled_bias, kl = sample_layer(weight, bias, key, addresses, x.dtype, with_kl)
-    assert sampled is not None
-    y = x @ sampled.t() if sampled_bias is None else torch.addmm(sampled_bias, x, sampled.t())
-    return y, kl
+    # Flipout's signs of a tile of columns come from one block of them.
+    aligned = weight_address[2] % (config.block_k if estimator == "flipout" else 4) == 0
+    if config.single_pass and fits("forward", config, shape) and aligned:
+        return _single_pass(x, weight, bias, key, addresses, num_samples, same_input, estimator, with_kl, config)
+    return _in_two_passes(x, weight, bias, key, addresses, num_samples, same_input, estimator, with_kl)

@@ -7,7 +7,7 @@ relatively, lg2 2^-22 (relatively outside [0.5, 2]), sin and cos 2^-20.9 between
 
 import triton
 import triton.language as tl
-from triton.language.target_info import is_cuda
+from triton.language.target_info import cuda_capability_geq, is_cuda
 from triton.runtime.jit import constexpr_function
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -116,3 +116,30 @@ def multiply_wide(a, b: tl.constexpr):
     else:
         product = a.to(tl.uint64) * b
     return (product >> 32).to(tl.uint32), product.to(tl.uint32)
+
+
+@triton.jit
+def anew(x, step):
+    """x mod 2^32, and what is computed from it is computed anew in each step of a loop.
+
+    As a function of `step` to the compiler, which would compute it before the loop and hold it in registers.
+    """
+    x = x.to(tl.uint32)
+    if fast():
+        asm: tl.constexpr = "mov.u32 $0, $1; // $2"
+        x = tl.inline_asm_elementwise(asm, "=r,r,r", [x, step], tl.uint32, is_pure=True, pack=1)
+    return x
+
+
+@triton.jit
+def once(x, step):
+    """x, which is not computed again for another layout that it is needed in.
+
+    Seemingly a function of `step` too: a scalar, at which Triton stops its search for what an operand of a product is
+    loaded from. It has another way to the operands of sm_100, where this would cost a move and save nothing.
+    """
+    if fast():
+        if not cuda_capability_geq(10):
+            asm: tl.constexpr = "mov.b32 $0, $1; // $2"
+            x = tl.inline_asm_elementwise(asm, "=f,f,r", [x, step], tl.float32, is_pure=True, pack=1)
+    return x

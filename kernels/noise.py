@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from fusedbayes.kernels import streams
 from fusedbayes.kernels.math import LN_2, cos, log2, multiply_wide, scaled_difference, sin, sqrt
 
 ROUNDS = tl.constexpr(7)
+LOCAL, FLIPOUT_INPUT, FLIPOUT_OUTPUT = map(tl.constexpr, (streams.LOCAL, streams.FLIPOUT_INPUT, streams.FLIPOUT_OUTPUT))
 
 
 class Noise(NamedTuple):
@@ -99,3 +101,27 @@ def normal_vector(seed, row, columns, sample, stream):
     z0, z1, z2, z3 = normals(seed, columns // 4, row, sample, stream)
     lane = columns % 4
     return tl.where(lane < 2, tl.where(lane == 0, z0, z1), tl.where(lane == 2, z2, z3))
+
+
+@triton.jit
+def _pick(words, index):
+    """The word of this index, 0 to 3, elementwise."""
+    x0, x1, x2, x3 = words
+    return tl.where(index < 2, tl.where(index == 0, x0, x1), tl.where(index == 2, x2, x3))
+
+
+@triton.jit
+def negative_quads(seed, quads, row, sample, stream):
+    """Whether the signs of the columns 4q .. 4q+3 of quads (Q, 1) in one row are -1: (Q, 4)."""
+    quads = tl.cast(quads, tl.uint32)  # as an int32 it may have overflowed
+    word = _pick(philox_words(seed, quads // 32, row, sample, stream), quads // 8 % 4)
+    return (word >> (quads % 8 * 4 + tl.arange(0, 4)[None, :]).to(tl.uint32)) & 1 != 0
+
+
+@triton.jit
+def negative_tile(seed, quad, rows, sample, stream, COLUMNS: tl.constexpr):
+    """Whether signs are -1 of COLUMNS columns from `quad` on, all in one block of 128, and rows (R,): (COLUMNS, R)."""
+    columns = (quad % 32 * 4).to(tl.int32) + tl.arange(0, COLUMNS)[:, None]
+    x0, x1, x2, x3 = philox_words(seed, quad // 32, rows, sample, stream)
+    word = _pick((x0[None, :], x1[None, :], x2[None, :], x3[None, :]), columns // 32)
+    return (word >> (columns % 32).to(tl.uint32)) & 1 != 0

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -32,12 +33,11 @@ class Gradients(NamedTuple):
     rho: Any
 
 
-def new_gradients(parameter: Sequence[Tensor | None], like: Tensor) -> Gradients:
-    """For mu and rho; if there is no parameter, two of `like`'s dtype without an element."""
-    mu, rho, *_ = parameter
-    if mu is None or rho is None:
-        return Gradients(like.new_empty(0), like.new_empty(0))
-    return Gradients(mu.new_empty(mu.shape), rho.new_empty(rho.shape))
+def new_gradients(parameter: Sequence[Tensor | None], like: Tensor, dtype: torch.dtype | None = None) -> Gradients:
+    """For mu and rho, by default of `like`'s dtype; without an element if there is no parameter."""
+    mu = parameter[0]
+    shape = (0,) if mu is None else mu.shape
+    return Gradients(*(like.new_empty(shape, dtype=dtype) for _ in range(2)))
 
 
 def gaussian(parameter: Sequence[Tensor | None]) -> Gaussian:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusedbayes.kernels.bias import sample_bias
+from fusedbayes.kernels.bias import bias_moments
 from fusedbayes.kernels.config import TileConfig
 from fusedbayes.kernels.gaussian import kl_centres, kl_from_sums, kl_terms, sigma_from_rho
 from fusedbayes.kernels.launch import (
@@ -21,7 +21,7 @@ from fusedbayes.kernels.launch import (
     Parameter,
     bias_noise,
 )
-from fusedbayes.kernels.noise import Noise, load_key
+from fusedbayes.kernels.noise import Noise, load_key, normal_vector
 from fusedbayes.kernels.parameter import gaussian, open_prior
 from fusedbayes.kernels.quads import (
     load_quads,
@@ -72,11 +72,15 @@ def _sample_weight_kernel(
     COLUMN_SHIFT: tl.constexpr,
     WHOLE_QUADS: tl.constexpr,  # 4 divides K, and COLUMN_SHIFT is 0
     EVEN: tl.constexpr,  # BLOCK_K divides K, and COLUMN_SHIFT is 0
+    ESTIMATOR: tl.constexpr,
     BIAS_BLOCK: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """W = mu + softplus(rho) eps, likewise the bias, and the sum of their KL.
+
+    In place of W what the second product of other estimators takes: "local" sigma^2, of the bias too; "flipout" sigma
+    eps.
 
     Grid: (cdiv(N, BLOCK_N) * cdiv(K + COLUMN_SHIFT, BLOCK_K) + (cdiv(N, BIAS_BLOCK) if there is a bias),).
     """
@@ -103,8 +107,13 @@ def _sample_weight_kernel(
             mu = load_quads(mu_row, columns, exist, 0.0, WHOLE_QUADS)
             sigma = sigma_from_rho(load_quads(rho_row, columns, exist, 0.0, WHOLE_QUADS))
             if sampled_ptr is not None:
-                eps = normal_quads(seed, quads, row_offset + row, sample, stream)
-                store_quads(sampled_row, columns, mu + sigma * eps, exist, WHOLE_QUADS)
+                if ESTIMATOR == "local":
+                    sampled = sigma * sigma
+                else:
+                    sampled = sigma * normal_quads(seed, quads, row_offset + row, sample, stream)
+                    if ESTIMATOR == "shared":
+                        sampled += mu
+                store_quads(sampled_row, columns, sampled, exist, WHOLE_QUADS)
                 sampled_row += K
             if WITH_KL:
                 m0, s0 = prior_mu, prior_sigma
@@ -132,7 +141,11 @@ def _sample_weight_kernel(
     elif sampled_bias_ptr is not None:
         outputs = (tile - tiles) * BIAS_BLOCK + tl.arange(0, BIAS_BLOCK)
         noise = Noise(seed, bias_row, tl.cast(bias_column, tl.int64) + outputs, sample, bias_stream)
-        b, kl_part = sample_bias(bias, noise, outputs, N, WITH_KL)
+        mu, sigma, kl_part = bias_moments(bias, outputs, N, WITH_KL)
+        if ESTIMATOR == "local":
+            b = sigma * sigma
+        else:
+            b = mu + sigma * normal_vector(*noise)
         tl.store(sampled_bias_ptr + outputs, b.to(sampled_bias_ptr.dtype.element_ty), mask=outputs < N)
     if WITH_KL:
         sum_in_order(kl, kl_part, tile, tl.num_programs(0))
@@ -170,6 +183,7 @@ def sample_layer(
     addresses: tuple[Sequence[int], Sequence[int]],
     dtype: torch.dtype | None,
     with_kl: bool,
+    estimator: str = "shared",
     config: TileConfig | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """W, b and the sum of their KL, in one launch.
@@ -180,6 +194,7 @@ def sample_layer(
         addresses: of the weight's noise and of the bias's.
         dtype: of W and b; None if only the KL is wanted.
         with_kl: otherwise the KL has no element.
+        estimator: which W is for; see `_sample_weight_kernel`.
     """
     mu, bias_mu = weight[0], bias[0]
     config = config or select_tile_config(mu.shape)
@@ -202,6 +217,7 @@ def sample_layer(
         column_offset // 4,
         stream,
         *bias_noise(addresses[1]),
+        ESTIMATOR=estimator,
         **constants(mu.shape, addresses[0], config),
     )
     return sampled, sampled_bias, value_of(kl, mu)
@@ -221,7 +237,7 @@ def sample_weight(
 ) -> tuple[Tensor, Tensor]:
     """W and its KL; see the operator of this name."""
     parameter = (mu, rho, prior_mu, prior_sigma)
-    weight, _, kl = sample_layer(parameter, NO_BIAS, (seed, sample), (address, address), dtype, with_kl, config)
+    weight, _, kl = sample_layer(parameter, NO_BIAS, (seed, sample), (address, address), dtype, with_kl, config=config)
     assert weight is not None
     return weight, kl
 
@@ -232,4 +248,4 @@ def weight_kl(
     """The KL alone; see the operator of this name."""
     address = (0, 0, 0)
     parameter = (mu, rho, prior_mu, prior_sigma)
-    return sample_layer(parameter, NO_BIAS, (None, None), (address, address), None, True, config)[-1]
+    return sample_layer(parameter, NO_BIAS, (None, None), (address, address), None, True, config=config)[-1]

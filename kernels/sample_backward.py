@@ -8,14 +8,14 @@ from torch import Tensor
 
 from fusedbayes.kernels.bias import store_bias_gradients, sum_over_batch
 from fusedbayes.kernels.config import TileConfig
-from fusedbayes.kernels.gaussian import gaussian_gradients
+from fusedbayes.kernels.gaussian import gaussian_gradients, sigma_from_rho
 from fusedbayes.kernels.launch import (
     NOT_SPECIALIZED,
     Parameter,
     bias_noise,
 )
 from fusedbayes.kernels.noise import Noise, load_key
-from fusedbayes.kernels.parameter import gaussian, new_gradients, open_prior
+from fusedbayes.kernels.parameter import Gradients, gaussian, new_gradients, open_prior
 from fusedbayes.kernels.quads import load_quads, normal_quads, quad_columns, store_quads
 from fusedbayes.kernels.sample import NO_BIAS, constants, programs_of, row_tile
 from fusedbayes.kernels.select import select_tile_config
@@ -25,8 +25,10 @@ from fusedbayes.kernels.select import select_tile_config
 def _sample_weight_backward_kernel(
     grads,  # `Gradients` (N, K) row-major
     bias_grads,  # `Gradients` (N,), used if there is a bias
-    grad_weight_ptr,  # (N, K) row-major, or None: only the KL was used
+    grad_weight_ptr,  # (N, K) row-major, what the output says of mu; or None: only the KL was used
+    grad_second_ptr,  # (N, K) row-major, in its place for sigma; unless ESTIMATOR is "shared"
     grad_y_ptr,  # (M, N), the bias's share of the gradient, or None
+    second_grad_ptr,  # (M, N), in its place for sigma if ESTIMATOR is "local"
     grad_kl_ptr,  # () fp32, or None: only the sample was used
     weight,  # a `Gaussian` (N, K)
     bias,  # a `Gaussian` (N,), perhaps of None
@@ -46,18 +48,24 @@ def _sample_weight_backward_kernel(
     COLUMN_SHIFT: tl.constexpr,
     WHOLE_QUADS: tl.constexpr,  # 4 divides K, and COLUMN_SHIFT is 0
     EVEN: tl.constexpr,  # BLOCK_K divides K, and COLUMN_SHIFT is 0
+    ESTIMATOR: tl.constexpr,
+    ADD: tl.constexpr,  # to the gradients that are there
     BIAS_BLOCK: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """dmu and drho of `gaussian_gradients`, eps drawn again; the bias's dL/db is the sum of dY over the batch.
+    """dmu and drho of `gaussian_gradients`, for dL/dW = G and, for sigma, H (of "shared" G again).
+
+    What the output says of mu is G, of sigma H eps with eps drawn again, or 2 sigma H for "local". Those of the bias
+    are sums over the batch.
 
     Grid: as for `_sample_weight_kernel`.
     """
     if WHOLE_QUADS:
         K = K // 4 * 4  # for the compiler to see
     tile, tiles = tl.program_id(0), tl.cdiv(N, BLOCK_N) * tl.cdiv(K + COLUMN_SHIFT, BLOCK_K)
-    if grad_weight_ptr is not None:
+    seed, sample = 0, 0
+    if seed_ptr is not None:
         seed, sample = load_key(seed_ptr, sample_ptr)
     if tile < tiles:
         begin, end, column, quads = row_tile(tile, N, K, quad_offset, COLUMN_SHIFT, BLOCK_N, BLOCK_K)
@@ -67,6 +75,8 @@ def _sample_weight_backward_kernel(
         grad_mu_row, grad_rho_row = grads.mu + start, grads.rho + start
         if grad_weight_ptr is not None:
             grad_weight_row = grad_weight_ptr + start
+            if ESTIMATOR != "shared":
+                grad_second_row = grad_second_ptr + start
         grad_kl, prior_mu, prior_sigma = 0.0, 0.0, 1.0
         if grad_kl_ptr is not None:
             grad_kl = tl.load(grad_kl_ptr)
@@ -74,12 +84,19 @@ def _sample_weight_backward_kernel(
         for row in range(begin, end):
             mu = load_quads(mu_row, columns, exist, 0.0, WHOLE_QUADS)
             rho = load_quads(rho_row, columns, exist, 0.0, WHOLE_QUADS)
-            grad_weight = tl.zeros((BLOCK_K // 4, 4), tl.float32)
-            eps = grad_weight
+            grad_mu = tl.zeros((BLOCK_K // 4, 4), tl.float32)
+            grad_sigma = grad_mu
             if grad_weight_ptr is not None:
-                grad_weight = load_quads(grad_weight_row, columns, exist, 0.0, WHOLE_QUADS)
+                grad_mu = load_quads(grad_weight_row, columns, exist, 0.0, WHOLE_QUADS)
                 grad_weight_row += K
-                eps = normal_quads(seed, quads, row_offset + row, sample, stream)
+                grad_sigma = grad_mu
+                if ESTIMATOR != "shared":
+                    grad_sigma = load_quads(grad_second_row, columns, exist, 0.0, WHOLE_QUADS)
+                    grad_second_row += K
+                if ESTIMATOR == "local":
+                    grad_sigma *= 2.0 * sigma_from_rho(rho)
+                else:
+                    grad_sigma *= normal_quads(seed, quads, row_offset + row, sample, stream)
             m0, s0 = prior_mu, prior_sigma
             if grad_kl_ptr is not None:
                 if not weight.PRIOR_MU_SCALAR:
@@ -88,7 +105,11 @@ def _sample_weight_backward_kernel(
                 if not weight.PRIOR_SIGMA_SCALAR:
                     s0 = load_quads(prior_sigma, columns, exist, 1.0, WHOLE_QUADS)
                     prior_sigma += K
-            grad_mu, grad_rho = gaussian_gradients(grad_weight, grad_kl, mu, rho, eps, m0, s0, grad_kl_ptr is not None)
+            WITH_KL: tl.constexpr = grad_kl_ptr is not None
+            grad_mu, grad_rho = gaussian_gradients(grad_mu, grad_sigma, grad_kl, mu, rho, m0, s0, WITH_KL)
+            if ADD:
+                grad_mu += load_quads(grad_mu_row, columns, exist, 0.0, WHOLE_QUADS)
+                grad_rho += load_quads(grad_rho_row, columns, exist, 0.0, WHOLE_QUADS)
             store_quads(grad_mu_row, columns, grad_mu, exist, WHOLE_QUADS)
             store_quads(grad_rho_row, columns, grad_rho, exist, WHOLE_QUADS)
             mu_row += K
@@ -97,33 +118,41 @@ def _sample_weight_backward_kernel(
             grad_rho_row += K
     elif bias.mu is not None:
         outputs = (tile - tiles) * BIAS_BLOCK + tl.arange(0, BIAS_BLOCK)
-        grad_bias = sum_over_batch(grad_y_ptr, M, N, stride_gm, stride_gn, outputs)
         noise = Noise(seed, bias_row, tl.cast(bias_column, tl.int64) + outputs, sample, bias_stream)
-        store_bias_gradients(bias_grads, grad_bias, grad_kl_ptr, bias, noise, outputs, N)
+        sums = sum_over_batch(grad_y_ptr, second_grad_ptr, noise, 1, M, N, stride_gm, stride_gn, outputs, ESTIMATOR)
+        store_bias_gradients(bias_grads, sums, grad_kl_ptr, bias, outputs, N, ESTIMATOR, ADD)
 
 
 def sample_layer_backward(
-    grad_weight: Tensor | None,
-    grad_y: Tensor | None,
+    grads: tuple[Gradients, Gradients],
+    grad_weights: tuple[Tensor | None, Tensor | None],
+    grad_ys: tuple[Tensor | None, Tensor | None],
     grad_kl: Tensor | None,
     weight: Parameter,
     bias: Sequence[Tensor | None],
     key: tuple[Tensor | None, Tensor | None],
     addresses: tuple[Sequence[int], Sequence[int]],
+    estimator: str = "shared",
+    add: bool = False,
     config: TileConfig | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dmu and drho of the weight and of the bias, whose gradient is the sum of grad_y (M, N), in one launch."""
-    mu, with_bias = weight[0], bias[0] is not None
+) -> None:
+    """dmu and drho of the weight and of the bias, in one launch.
+
+    Args:
+        grads: of the weight and of the bias: where they go.
+        grad_weights: dL/dW (N, K) for mu, and in its place for sigma; None if only the KL was used.
+        grad_ys: (M, N), likewise for the bias, whose gradient is the sum over the M rows; of the same strides.
+        add: to the gradients that are there, instead of writing over them.
+    """
+    mu, with_bias, grad_y = weight[0], bias[0] is not None, grad_ys[0]
     config = config or select_tile_config(mu.shape)
-    grads, bias_grads = new_gradients(weight, mu), new_gradients(bias, mu)
     programs = programs_of(mu.shape, addresses[0], config, with_bias)
     stream, row_offset, column_offset = addresses[0]
     if programs > 0:
         _sample_weight_backward_kernel[(programs,)](
-            grads,
-            bias_grads,
-            None if grad_weight is None else grad_weight.contiguous(),
-            grad_y,
+            *grads,
+            *(None if grad is None else grad.contiguous() for grad in grad_weights),
+            *grad_ys,
             grad_kl,
             gaussian(weight),
             gaussian(bias),
@@ -135,9 +164,10 @@ def sample_layer_backward(
             column_offset // 4,
             stream,
             *bias_noise(addresses[1]),
+            ESTIMATOR=estimator,
+            ADD=add,
             **constants(mu.shape, addresses[0], config),
         )
-    return *grads, *bias_grads
 
 
 def sample_weight_backward(
@@ -153,6 +183,10 @@ def sample_weight_backward(
     config: TileConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """dmu and drho; see the operator of this name."""
-    parameter, addresses = (mu, rho, prior_mu, prior_sigma), (address, address)
-    grads = sample_layer_backward(grad_weight, None, grad_kl, parameter, NO_BIAS, (seed, sample), addresses, config)
-    return grads[:2]
+    parameter, key = (mu, rho, prior_mu, prior_sigma), (seed, sample)
+    grads = new_gradients(parameter, mu)
+    grad_weights, addresses = (grad_weight, None), (address, address)
+    sample_layer_backward(
+        (grads, grads), grad_weights, (None, None), grad_kl, parameter, NO_BIAS, key, addresses, config=config
+    )
+    return grads

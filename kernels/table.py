@@ -80,6 +80,9 @@ TABLE: dict[tuple[Kernel, str, int], dict[int, MatmulConfig]] = {
         ANY: MatmulConfig(64, 128, 128, num_warps=8, num_stages=3, max_registers=128),
     },
     ("backward_weight", "tf32", 80): {
+        ANY: MatmulConfig(32, 128, 128, num_warps=8),
+    },
+    ("backward_weight", "tf32", 90): {
         ANY: MatmulConfig(32, 128, 128, num_warps=8, max_registers=128),
     },
     ("backward_weight", "ieee", 80): {

@@ -11,6 +11,7 @@ from torch import Tensor
 from fusedbayes import kernels
 from fusedbayes.kernels import MatmulConfig
 from fusedbayes.noise import Address
+from fusedbayes.reference import Estimator
 
 DTYPES = [
     pytest.param(torch.float32, id="fp32"),
@@ -48,9 +49,12 @@ class Problem(NamedTuple):
     sample: Tensor | None
     weight_address: Address
     bias_address: Address
+    num_samples: int
+    estimator: Estimator
     with_kl: bool
     grad_y: Tensor
     grad_kl: Tensor | None
+    slope: Tensor  # what the forward pass keeps
 
     @property
     def noise(self) -> tuple[Tensor, Tensor | None, Address]:
@@ -60,26 +64,39 @@ class Problem(NamedTuple):
     @property
     def forward(self) -> tuple[Any, ...]:
         """Arguments of bayes_linear."""
-        return (self.x, *self.weight, *self.bias, *self.noise, self.bias_address, self.with_kl)
+        how = self.bias_address, self.num_samples, False, self.estimator, self.with_kl
+        return (self.x, *self.weight, *self.bias, *self.noise, *how)
 
     def sample_weight(self, dtype: torch.dtype) -> tuple[Any, ...]:
         """Arguments of sample_weight."""
         return (*self.weight, *self.noise, dtype, self.with_kl)
 
+    def backward_of(self, needs_x: bool, needs_weight: bool) -> tuple[Any, ...]:
+        """Arguments of bayes_linear_backward."""
+        given = self.grad_y, self.grad_kl, self.slope, self.x
+        how = self.bias_address, self.num_samples, self.estimator, needs_x, needs_weight
+        return (*given, *self.weight, *self.bias, *self.noise, *how)
+
     @property
     def backward(self) -> tuple[Any, ...]:
-        """Arguments of bayes_linear_backward, for the gradients of everything."""
-        return (*self.backward_weight, True, True)
+        """For the gradients of everything."""
+        return self.backward_of(True, True)
 
     @property
     def backward_input(self) -> tuple[Any, ...]:
-        """Arguments of the launcher of dX."""
-        return (self.grad_y, *self.weight[:2], *self.noise)
+        """For dX alone."""
+        return self.backward_of(True, False)
 
     @property
     def backward_weight(self) -> tuple[Any, ...]:
-        """Arguments of the launcher of dmu and drho."""
-        return (self.grad_y, self.grad_kl, self.x, *self.weight, *self.bias, *self.noise, self.bias_address)
+        """For dmu and drho alone."""
+        return self.backward_of(False, True)
+
+    @property
+    def operands(self) -> torch.dtype:
+        """What the operands of the products are rounded to: the squares of fp16 would overflow, they are bf16."""
+        of_squares = self.estimator == "local" and self.x.dtype == torch.float16
+        return torch.bfloat16 if of_squares else self.x.dtype
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Problem":
         """The problem with `function` applied to each floating tensor."""
@@ -112,8 +129,10 @@ def make_problem(
     sample: int | None = 2,
     weight_address: Address = Address(8),
     bias_address: Address = Address(9),
+    num_samples: int = 1,
+    estimator: Estimator = "shared",
 ) -> Problem:
-    """Numbers of order one for (M, N, K) batch rows, outputs and inputs; sigma is about 0.15.
+    """Numbers of order one for (M, N, K) batch rows of a sample, outputs and inputs; sigma is about 0.15.
 
     Args:
         dtype: of x and grad_y.
@@ -122,9 +141,9 @@ def make_problem(
         with_kl: whether the KL is computed, if there is a prior.
         sample: index of the Monte Carlo sample; None is the operators' shorthand for 0.
     """
-    M, N, K = shape
+    M, N, K = num_samples * shape[0], *shape[1:]
     with_kl = with_kl and prior != "none"
-    return Problem(
+    problem = Problem(
         x=torch.randn(M, K, dtype=dtype),
         weight=make_parameter((N, K), parameter_dtype, prior),
         bias=make_parameter((N,), parameter_dtype, prior) if bias else (None,) * 4,
@@ -132,10 +151,15 @@ def make_problem(
         sample=None if sample is None else torch.tensor(sample),
         weight_address=weight_address,
         bias_address=bias_address,
+        num_samples=num_samples,
+        estimator=estimator,
         with_kl=with_kl,
         grad_y=torch.randn(M, N, dtype=dtype),
         grad_kl=torch.tensor(0.3, dtype=torch.promote_types(parameter_dtype, torch.float32)) if with_kl else None,
+        slope=torch.empty(0, dtype=dtype),
     )
+    *_, slope = torch.ops.fusedbayes.bayes_linear(*problem.exact().forward)
+    return problem._replace(slope=slope.to(dtype))
 
 
 def make_parameter(shape: tuple[int, ...], dtype: torch.dtype, prior: str) -> Parameter:
@@ -168,11 +192,19 @@ def assert_kl_close(actual: Tensor, expected: Tensor, *, weights: int) -> None:
 
 def check_bayes_linear(problem: Problem, config: MatmulConfig | None, device: str) -> None:
     """Compares y and KL of the launcher, run on `device`, with the operator in double precision."""
-    y, kl = kernels.bayes_linear(*problem.to(device).forward, config=config)
-    expected_y, expected_kl = torch.ops.fusedbayes.bayes_linear(*problem.exact().forward)
-    assert y.dtype == problem.x.dtype
+    y, kl, slope = kernels.bayes_linear(*problem.to(device).forward, config=config)
+    expected_y, expected_kl, expected_slope = torch.ops.fusedbayes.bayes_linear(*problem.exact().forward)
+    assert y.dtype == slope.dtype == problem.x.dtype
+    # Of zeta / (2 sqrt(v)), zeta is off by 1e-5. x^2 and sigma^2 in 16 bits are off by 2^-9 each, so is the slope.
+    narrow = slope.dtype.itemsize == 2
+    torch.testing.assert_close(
+        slope.cpu().double(),
+        expected_slope,
+        rtol=2.0**-7 if narrow else 2.0**-20,
+        atol=1e-5 * expected_slope.abs().max().item() if expected_slope.numel() else 0.0,
+    )
     # One more term for the bias.
-    assert_close(y, expected_y, terms=problem.x.shape[1] + 1, operands=y.dtype)
+    assert_close(y, expected_y, terms=problem.x.shape[1] + 1, operands=problem.operands)
     if problem.with_kl:
         assert_kl_close(kl, expected_kl, weights=expected_y.shape[1] * (problem.x.shape[1] + 1))
     else:
@@ -181,18 +213,20 @@ def check_bayes_linear(problem: Problem, config: MatmulConfig | None, device: st
 
 def check_input_gradient(problem: Problem, config: MatmulConfig | None, device: str) -> None:
     """Likewise dX."""
-    grad_x = kernels.bayes_linear_backward_input(*problem.to(device).backward_input, config=config)
+    grad_x = kernels.bayes_linear_backward(*problem.to(device).backward_input, config=config)[0]
     expected, *_ = torch.ops.fusedbayes.bayes_linear_backward(*problem.exact().backward)
     assert grad_x.dtype == problem.grad_y.dtype
-    assert_close(grad_x, expected, terms=problem.grad_y.shape[1], operands=grad_x.dtype)
+    assert_close(grad_x, expected, terms=problem.grad_y.shape[1], operands=problem.operands)
 
 
 def check_weight_gradients(problem: Problem, config: MatmulConfig | None, device: str) -> None:
     """Likewise dmu and drho of weight and bias."""
-    gradients = kernels.bayes_linear_backward_weight(*problem.to(device).backward_weight, config=config)
+    _, *gradients = kernels.bayes_linear_backward(*problem.to(device).backward_weight, config=config)
     _, *expected = torch.ops.fusedbayes.bayes_linear_backward(*problem.exact().backward)
     for gradient, exact in zip(gradients, expected, strict=True):
         assert gradient.dtype == problem.weight[0].dtype
         assert gradient.shape == exact.shape
-        # x and dY are given in their dtype and their products added in fp32: no 16-bit rounding on the way.
-        assert_close(gradient, exact, terms=problem.x.shape[0], operands=torch.float32)
+        # x and dY are given in their dtype and their products added in fp32: no 16-bit rounding on the way, but for
+        # x^2 and dY times the slope.
+        operands = problem.operands if problem.estimator == "local" else torch.float32
+        assert_close(gradient, exact, terms=problem.x.shape[0], operands=operands)

@@ -90,8 +90,24 @@ def test_a_tensor_subclass_is_served() -> None:
 
     torch.manual_seed(0)
     problem = make_problem((5, 18, 20))
-    y, _ = ops.bayes_linear(*problem._replace(x=problem.x.as_subclass(Labelled)).forward)
+    y, *_ = ops.bayes_linear(*problem._replace(x=problem.x.as_subclass(Labelled)).forward)
     assert torch.equal(y, ops.bayes_linear(*problem.forward)[0])
+
+
+def test_the_profiler_sees_operators() -> None:
+    layer = fb.BayesLinear(4, 3)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
+        layer(torch.randn(5, 4, requires_grad=True)).sum().backward()
+    seen = {event.key for event in profile.key_averages()}
+    assert {"fusedbayes::bayes_linear", "fusedbayes::bayes_linear_backward"} <= seen
+
+
+def test_tensors_that_are_not_what_is_stored() -> None:
+    """A view that is to be negated, and a zero without memory: the dispatcher makes numbers of them first."""
+    layer, x = fb.BayesLinear(4, 3), torch.randn(5, 4)
+    for unusual in (torch._neg_view(x), torch._efficientzerotensor(5, 4)):
+        with fb.frozen_sample(layer, seed=1):
+            torch.testing.assert_close(layer(unusual), layer(unusual.clone()))
 
 
 def test_cuda_is_explained() -> None:
@@ -113,3 +129,16 @@ def test_installation_succeeds_without_a_compiler(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     assert not list(tmp_path.rglob(native.LIBRARY))
+
+
+def test_importing_within_another_default_device() -> None:
+    """Deferred initialisation: what an ordinary CPU tensor is must not be read off the default device."""
+    program = """
+import torch
+with torch.device("meta"):
+    import fusedbayes as fb
+    layer = fb.BayesLinear(4, 3)
+assert layer(torch.empty(2, 4, device="meta")).is_meta
+assert fb.BayesLinear(4, 3)(torch.ones(2, 4)).isfinite().all()
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -240,7 +240,7 @@ def test_gaussian_kl_names_a_bad_argument(arguments: dict[str, Any], error: type
 )
 def test_a_call_that_raises_has_drawn_no_seed(call: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Tensor] = []
-    monkeypatch.setattr(functional, "draw_seed", lambda device: drawn.append(draw_seed(device)) or drawn[-1])
+    monkeypatch.setattr("fusedbayes.arguments.draw_seed", lambda device: drawn.append(draw_seed(device)) or drawn[-1])
     with pytest.raises(ValueError):
         call()
     assert not drawn

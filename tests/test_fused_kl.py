@@ -136,8 +136,11 @@ def test_kl_comes_out_of_the_forward(name: str, expected: tuple[int, int, int]) 
 def test_only_the_first_sample_computes_the_kl() -> None:
     model, (x, y) = mlp(), data()
     with Operators() as count:
-        ELBO(model, F.cross_entropy, NUM_DATA, num_samples=4)(x, y)
+        ELBO(model, F.cross_entropy, NUM_DATA, num_samples=4, samples_at_once=1)(x, y)
     assert (count.with_kl, count.without_kl, count.bare_kl) == (3, 9, 0)
+    with Operators() as count:
+        ELBO(model, F.cross_entropy, NUM_DATA, num_samples=4)(x, y)
+    assert (count.with_kl, count.without_kl, count.bare_kl) == (3, 0, 0)
 
 
 @pytest.mark.parametrize("culprit", ["model", "nll", "schedule"])

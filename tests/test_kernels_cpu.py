@@ -17,7 +17,6 @@ from problems import (
     Problem,
     assert_close,
     assert_kl_close,
-    make_parameter,
     make_problem,
 )
 from torch import Tensor
@@ -26,7 +25,7 @@ from fusedbayes import noise, reference
 from fusedbayes.kernels import cpu
 from fusedbayes.kernels.cpu import linear, native
 from fusedbayes.noise import Address
-from fusedbayes.reference import GaussianParameter
+from fusedbayes.reference import Estimator
 
 ops = torch.ops.fusedbayes
 
@@ -74,9 +73,10 @@ def threads() -> Iterator[None]:
 
 
 def check_forward(problem: Problem) -> None:
-    y, kl = ops.bayes_linear(*problem.forward)
-    expected, expected_kl = ops.bayes_linear(*problem.exact().forward)
-    assert y.dtype == problem.x.dtype
+    y, kl, slope = ops.bayes_linear(*problem.forward)
+    expected, expected_kl, expected_slope = ops.bayes_linear(*problem.exact().forward)
+    assert y.dtype == slope.dtype == problem.x.dtype
+    assert slope.shape == expected_slope.shape
     assert_close(y, expected, terms=problem.x.shape[1] + 1, operands=y.dtype)
     if problem.with_kl:
         assert_kl_close(kl, expected_kl, weights=expected.shape[1] * (problem.x.shape[1] + 1))
@@ -87,8 +87,8 @@ def check_forward(problem: Problem) -> None:
 def check_backward(problem: Problem, needs_x: bool = True, needs_weight: bool = True) -> None:
     M, N = problem.grad_y.shape
     needs = needs_x, needs_weight
-    grad_x, *grads = ops.bayes_linear_backward(*problem.backward_weight, *needs)
-    expected_x, *expected = ops.bayes_linear_backward(*problem.exact().backward_weight, *needs)
+    grad_x, *grads = ops.bayes_linear_backward(*problem.backward_of(*needs))
+    expected_x, *expected = ops.bayes_linear_backward(*problem.exact().backward_of(*needs))
     assert grad_x.dtype == problem.x.dtype
     assert grad_x.shape == expected_x.shape
     assert_close(grad_x, expected_x, terms=N, operands=problem.x.dtype)
@@ -226,16 +226,24 @@ def test_16_bit_weights_are_rounded_to_nearest(instruction_set: str) -> None:
     assert torch.equal(narrow, wide.bfloat16())
 
 
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_weight_variance(instruction_set: str, dtype: torch.dtype) -> None:
-    parameter = make_parameter((17, 81), torch.float32, "scalar")
-    variance, kl = cpu.weight_variance(*parameter, dtype, True)
-    exact = [tensor.double() for tensor in parameter]
-    expected = reference.sigma_from_rho(exact[1]).square()
-    # exp is off by 1.1e-7, log1p by 2.2e-7, relatively, and a rounding or two each: sigma by 2^-21, its square by twice
-    # that.
-    torch.testing.assert_close(variance.double(), expected, rtol=torch.finfo(dtype).eps + 2.0**-20, atol=0)
-    assert_kl_close(kl, reference.weight_kl(GaussianParameter(*exact)), weights=17 * 81)
+@pytest.mark.parametrize(("estimator", "num_samples"), [("shared", 3), ("local", 1), ("local", 3), ("flipout", 3)])
+def test_estimators_and_samples(
+    instruction_set: str, estimator: Estimator, num_samples: int, dtype: torch.dtype, bias: bool
+) -> None:
+    problem = make_problem(
+        (3, 18, 37),
+        dtype=dtype,
+        bias=bias,
+        estimator=estimator,
+        num_samples=num_samples,
+        weight_address=Address(8, 5, 70),
+    )
+    problem.x[1] = 0.0
+    check_forward(problem)
+    check_backward(problem)
 
 
 @pytest.mark.parametrize("grad_kl", [0.3, 65536.0], ids=["ordinary", "scaled"])

@@ -131,7 +131,7 @@ def test_extreme_rho(kernel_device: str, rho: float) -> None:
     # Terms of order 100: four roundings, and sigma's own error, which exp makes 88 times that of rho.
     torch.testing.assert_close(kl.cpu().double(), expected_kl, rtol=2.0**-21, atol=100 * 2.0**-23)
     x = torch.ones(1, 1, device=kernel_device)
-    _, linear_kl = kernels.bayes_linear(x, *moved, *(None,) * 4, *moved_noise, Address(), True)
+    _, linear_kl, _ = kernels.bayes_linear(x, *moved, *(None,) * 4, *moved_noise, Address(), 1, False, "shared", True)
     torch.testing.assert_close(linear_kl.cpu().double(), expected_kl, rtol=2.0**-21, atol=100 * 2.0**-23)
 
 
@@ -145,7 +145,8 @@ def test_the_kl_of_a_posterior_that_is_the_prior(kernel_device: str, prior: str)
     moved = [tensor.to(kernel_device) for tensor in parameter]
     seed, bias = torch.tensor(1, device=kernel_device), (None,) * 4
     x = torch.ones(3, K, device=kernel_device)
-    _, product = kernels.bayes_linear(x, *moved, *bias, seed, None, Address(), Address(), True, config=SINGLE_PASS)
+    how = seed, None, Address(), Address(), 1, False, "shared", True
+    _, product, _ = kernels.bayes_linear(x, *moved, *bias, *how, config=SINGLE_PASS)
     for kl in (kernels.weight_kl(*moved), product):
         # sigma is off by 2^-20, relatively; the KL's logarithm and its square by as much.
         assert abs(kl.item()) < 2 * 2.0**-20 * N * K

@@ -48,6 +48,7 @@ class Products(NamedTuple):
 
     y: Tensor
     kl: Tensor
+    slope: Tensor
     grad_x: Tensor
     grad_mu: Tensor
     grad_rho: Tensor
@@ -68,8 +69,7 @@ class Samples(NamedTuple):
 def run_products(problem: Problem, config: MatmulConfig = SINGLE_PASS) -> Products:
     return Products(
         *kernels.bayes_linear(*problem.forward, config=config),
-        kernels.bayes_linear_backward_input(*problem.backward_input, config=config),
-        *kernels.bayes_linear_backward_weight(*problem.backward_weight, config=config),
+        *kernels.bayes_linear_backward(*problem.backward, config=config),
     )
 
 
@@ -219,10 +219,10 @@ def weights_multiplied(problem: Problem, config: MatmulConfig | None) -> tuple[T
     """The weights that the forward and the backward kernel multiply by, shown by identity matrices."""
     (N, K), device = problem.weight[0].shape, problem.x.device
     forward = problem._replace(x=torch.eye(K, device=device), bias=(None,) * 4).forward
-    backward = problem._replace(grad_y=torch.eye(N, device=device)).backward_input
+    backward = problem._replace(grad_y=torch.eye(N, device=device), x=torch.zeros(N, K, device=device)).backward_input
     return (
         kernels.bayes_linear(*forward, config=config)[0].t(),
-        kernels.bayes_linear_backward_input(*backward, config=config),
+        kernels.bayes_linear_backward(*backward, config=config)[0],
     )
 
 

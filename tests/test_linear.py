@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
 from fusedbayes import BayesLinear, frozen_sample, kl_loss, mean_mode
-from fusedbayes.nn.linear import ESTIMATORS
+from fusedbayes.reference import ESTIMATORS
 
 
 def randomized(layer: BayesLinear) -> BayesLinear:

@@ -96,6 +96,7 @@ def test_schedule_weighs_the_kl() -> None:
 @pytest.mark.parametrize("compile_whole", [True, False], ids=["objective", "model_inside"])
 def test_compiled(compile_whole: bool) -> None:
     model, (x, y) = mlp(), data()
+    x = x.detach()  # torch warns of a compiled model's input that is the result of a repetition
     eager = ELBO(model, F.cross_entropy, NUM_DATA, kl_weight=0.5, num_samples=2)
     options = {"fullgraph": True, "backend": "aot_eager"}
     if compile_whole:

@@ -10,23 +10,33 @@ from torch import Tensor
 
 from fusedbayes import functional, reference
 from fusedbayes.noise import Address, draw_seed
-from fusedbayes.reference import GaussianParameter
+from fusedbayes.reference import Estimator, GaussianParameter
 
 ops = torch.ops.fusedbayes
+
+# Estimators and Monte Carlo samples beyond the usual.
+CASES: tuple[tuple[Estimator, int], ...] = (("shared", 3), ("local", 1), ("local", 3), ("flipout", 1), ("flipout", 3))
 
 # The arguments of each operator for a problem; what follows a colon tells the calls of one operator apart.
 DIFFERENTIABLE: dict[str, Callable[[Problem], Sequence[Any]]] = {
     "sample_weight": lambda p: p.sample_weight(p.x.dtype),
     "weight_kl": lambda p: p.weight,
     "bayes_linear": lambda p: p.forward,
+    # Three samples of one row each.
+    "bayes_linear:local": lambda p: p._replace(estimator="local", num_samples=3).forward,
+    "bayes_linear:flipout": lambda p: p._replace(estimator="flipout", num_samples=3).forward,
 }
 BACKWARD: dict[str, Callable[[Problem], Sequence[Any]]] = {
     "sample_weight_backward:both": lambda p: (p.weight[0], p.grad_kl, *p.weight, *p.noise),
     "sample_weight_backward:weight": lambda p: (p.weight[0], None, *p.weight, *p.noise),
     "sample_weight_backward:kl": lambda p: (None, p.grad_kl, *p.weight, None, None, p.weight_address),
     "bayes_linear_backward": lambda p: p.backward,
-    "bayes_linear_backward:input": lambda p: (*p.backward_weight, True, False),
-    "bayes_linear_backward:weight": lambda p: (*p.backward_weight, False, True),
+    "bayes_linear_backward:local": lambda p: (
+        p._replace(estimator="local", num_samples=3, slope=torch.ones_like(p.grad_y)).backward
+    ),
+    "bayes_linear_backward:flipout": lambda p: p._replace(estimator="flipout", num_samples=3).backward,
+    "bayes_linear_backward:input": lambda p: p.backward_input,
+    "bayes_linear_backward:weight": lambda p: p.backward_weight,
 }
 OPERATORS = DIFFERENTIABLE | BACKWARD
 
@@ -80,7 +90,13 @@ def reference_noise(problem: Problem) -> tuple[Tensor, Tensor | int, Address]:
 
 def reference_results(problem: Problem) -> tuple[Tensor, Tensor | None]:
     y = reference.bayes_linear(
-        problem.x, *problem.weight[:2], *problem.bias[:2], *reference_noise(problem), problem.bias_address
+        problem.x,
+        *problem.weight[:2],
+        *problem.bias[:2],
+        *reference_noise(problem),
+        problem.bias_address,
+        num_samples=problem.num_samples,
+        estimator=problem.estimator,
     )
     return y, reference_kl(problem.weight, problem.bias) if problem.with_kl else None
 
@@ -97,7 +113,9 @@ def check_gradients(problem: Problem, used: str, needed: Sequence[str]) -> None:
         return [loss.detach(), *gradients]
 
     expected = run(*reference_results(problem))
-    for name, actual, exact in zip(("loss", *inputs), run(*ops.bayes_linear(*problem.forward)), expected, strict=True):
+    for name, actual, exact in zip(
+        ("loss", *inputs), run(*ops.bayes_linear(*problem.forward)[:2]), expected, strict=True
+    ):
         # Sums of at most 40 terms of order ten in double precision.
         torch.testing.assert_close(actual, exact, rtol=1e-13, atol=1e-13, msg=lambda text, name=name: f"{name}: {text}")
 
@@ -111,6 +129,18 @@ def test_gradients_are_those_of_the_reference(prior: str, used: str, bias: bool,
     addresses = {"weight_address": Address(8, 2, 3), "bias_address": Address(9, column_offset=2)}
     needed = ALL_INPUTS[1:] if used == "kl" else ALL_INPUTS
     check_gradients(double_problem(shape, prior=prior, bias=bias, **addresses), used, needed)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("used", ["y", "kl", "both"])
+@pytest.mark.parametrize(("estimator", "num_samples"), CASES)
+def test_gradients_of_estimators_and_samples_are_those_of_the_reference(
+    estimator: Estimator, num_samples: int, used: str, bias: bool
+) -> None:
+    addresses = {"weight_address": Address(8, 2, 3), "bias_address": Address(11, column_offset=2)}
+    problem = double_problem(bias=bias, estimator=estimator, num_samples=num_samples, **addresses)
+    problem.x[1] = 0.0  # without a bias its outputs do not vary, and have no gradient by their variance
+    check_gradients(problem, used, ALL_INPUTS[1:] if used == "kl" else ALL_INPUTS)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +177,7 @@ def test_a_kl_that_is_not_computed_has_no_gradient(options: dict[str, Any]) -> N
     problem = double_problem(**options)
     leaves(problem, ALL_INPUTS)
     for name in ("sample_weight", "bayes_linear"):
-        result, kl = getattr(ops, name)(*OPERATORS[name](problem))
+        result, kl, *_ = getattr(ops, name)(*OPERATORS[name](problem))
         assert result.requires_grad
         assert kl.shape == (0,)
         assert not kl.requires_grad
@@ -169,15 +199,37 @@ def test_backward_keeps_nothing_but_its_inputs_and_the_seed(leading: tuple[int, 
             with_kl=with_kl,
         )
     # As many with the KL as without: a checkpointed forward may be repeated without it.
-    assert len(kept) == 10
+    assert len(kept) == 10 + 1
     existing = {tensor.untyped_storage().data_ptr() for tensor in (*inputs.values(), *problem.weight, *problem.bias)}
     new = [tensor for tensor in kept if tensor.untyped_storage().data_ptr() not in existing]
-    assert [(tensor.shape, tensor.dtype) for tensor in new] == [((), torch.int64)]
+    assert {(tensor.shape, tensor.dtype) for tensor in new} == {((), torch.int64), ((0, 1), torch.float32)}
     assert sum(tensor.untyped_storage().nbytes() for tensor in new) == 8
     # Nor does a node of the graph hold a tensor by another road.
     nodes = [y.grad_fn, *(node for node, _ in y.grad_fn.next_functions)]
     assert not any(isinstance(value, Tensor) for node in nodes for value in getattr(node, "__dict__", {}).values())
     (y.sum() + (kl if with_kl else 0.0)).backward()  # and that is enough for it
+
+
+@pytest.mark.parametrize(("estimator", "num_samples"), CASES)
+def test_numerical_derivatives_of_estimators_and_samples(estimator: Estimator, num_samples: int) -> None:
+    problem = double_problem((2, 3, 4), prior="none", num_samples=num_samples)
+    inputs = list(leaves(problem, ALL_INPUTS).values())
+
+    def run(*tensors: Tensor) -> Tensor:
+        return functional.bayes_linear(*tensors, seed=3, num_samples=num_samples, estimator=estimator)[0]
+
+    assert torch.autograd.gradcheck(run, inputs)
+    assert torch.autograd.gradgradcheck(run, inputs)
+
+
+def test_local_keeps_one_number_for_each_output() -> None:
+    problem = make_problem((6, 33, 65), prior="none", estimator="local")
+    inputs = leaves(problem, ALL_INPUTS)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        functional.bayes_linear(*inputs.values(), estimator="local")
+    new = [tensor for tensor in kept if all(tensor is not given for given in inputs.values())]
+    assert sorted((tuple(tensor.shape), tensor.dtype) for tensor in new)[1:] == [((6, 33), torch.float32)]
 
 
 @pytest.mark.parametrize("power", [1, 2], ids=["linear", "quadratic"])
@@ -198,7 +250,7 @@ def test_second_derivatives_are_those_of_the_reference(used: str, needed: tuple[
 
     expected = run(*reference_results(problem))
     # Numbers of up to 1e6, sums of 40 terms.
-    torch.testing.assert_close(run(*ops.bayes_linear(*problem.forward)), expected, rtol=1e-12, atol=1e-9)
+    torch.testing.assert_close(run(*ops.bayes_linear(*problem.forward)[:2]), expected, rtol=1e-12, atol=1e-9)
 
 
 def test_two_forwards_before_one_backward_have_their_own_noise() -> None:

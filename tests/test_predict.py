@@ -53,7 +53,7 @@ def test_predict_leaves_training_modes_as_they_were(fails: bool) -> None:
         with pytest.raises(ValueError, match="x must have shape"):
             predict(model, torch.ones(2, 4))
     else:
-        predict(model, torch.ones(2, 5), 3)
+        predict(model, torch.ones(2, 5), 3, samples_at_once=1)
         assert during == [False] * 3
     assert [m.training for m in model.modules()] == before
     x = torch.ones(2, 5)
@@ -192,7 +192,7 @@ def test_a_model_may_reuse_its_output() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.out.copy_(self.layer(x))
 
-    outputs = predict(Reusing(), torch.randn(4, 5), num_samples=5).outputs
+    outputs = predict(Reusing(), torch.randn(4, 5), num_samples=5, samples_at_once=1).outputs
     assert len(outputs.flatten(1).unique(dim=0)) == 5
 
 
@@ -206,4 +206,4 @@ def test_an_output_that_depends_on_the_draw_is_refused(odd: Callable[[Tensor], T
             return super().forward(input) if self.calls == 1 else odd(super().forward(input))
 
     with pytest.raises(ValueError, match=r"one shape and dtype whatever the draw, got .* after"):
-        predict(Fickle(5, 3), torch.randn(4, 5), num_samples=2)
+        predict(Fickle(5, 3), torch.randn(4, 5), num_samples=2, samples_at_once=1)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
 from fusedbayes import ELBO, BayesLinear, frozen_sample, kl_loss, mean_mode, predict, to_bayesian
-from fusedbayes.nn.linear import ESTIMATORS
+from fusedbayes.reference import ESTIMATORS
 
 
 def test_two_forwards_before_one_backward() -> None:

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusedbayes import functional, reference
+from fusedbayes.arguments import check_estimator, check_linear
 from fusedbayes.checks import check_count, check_number, describe
 from fusedbayes.nn.module import BayesModule, FrozenNoise, FusedKL, MeanWeights, check_fits
-
-ESTIMATORS = ("shared",)
+from fusedbayes.reference import Estimator
 
 
 class BayesLinear(BayesModule):
@@ -29,8 +29,10 @@ class BayesLinear(BayesModule):
             keep their scale under the prior however wide it is.
         sigma_init: initial standard deviation of the posterior; None (default) means 0.1 / sqrt(in_features), about a
             sixth of the spread of the initial means.
-        estimator: how the output is sampled. "shared": one draw of the weights for the whole batch. May be assigned
-            later; parameters and state_dict do not depend on it.
+        estimator: how the output is sampled. "shared" (default): one draw of the weights for the whole batch. "local":
+            each row's outputs from their own distribution, with less noise in the gradients. "flipout": one draw,
+            decorrelated between the rows. See `fusedbayes.functional.bayes_linear` and docs/estimators.md. May be
+            assigned later; parameters and state_dict do not depend on it.
         device, dtype: of the parameters.
 
     Attributes:
@@ -66,7 +68,7 @@ class BayesLinear(BayesModule):
         prior_mu: float = 0.0,
         prior_sigma: float | None = None,
         sigma_init: float | None = None,
-        estimator: str = "shared",
+        estimator: Estimator = "shared",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -86,14 +88,13 @@ class BayesLinear(BayesModule):
         self.reset_parameters()
 
     @property
-    def estimator(self) -> str:
-        """How the output is sampled."""
+    def estimator(self) -> Estimator:
+        """How the output is sampled: "shared", "local" or "flipout"."""
         return self._estimator
 
     @estimator.setter
-    def estimator(self, value: str) -> None:
-        if value not in ESTIMATORS:
-            raise ValueError(f"estimator must be one of {', '.join(map(repr, ESTIMATORS))}, got {value!r}")
+    def estimator(self, value: Estimator) -> None:
+        check_estimator(value)
         self._estimator = value
 
     @torch.no_grad()
@@ -110,27 +111,33 @@ class BayesLinear(BayesModule):
 
     def forward(self, input: Tensor) -> Tensor:
         noise = self._noises[-1] if self._noises else None
+        weight, bias = self.posterior("weight"), self.posterior("bias")
         if isinstance(noise, MeanWeights):
-            x = functional.check_linear(input, self.weight_mu, self.weight_rho, self.bias_mu, self.bias_rho)
-            return F.linear(x, self.weight_mu, self.bias_mu)
-        where: dict[str, Any] = {}
+            return F.linear(check_linear(input, *weight, *bias), weight[0], bias[0])
+        where: dict[str, Any] = {"estimator": self._estimator, "num_samples": self._samples_in(input)}
         if isinstance(noise, FrozenNoise):
-            where = {"seed": noise.seed, "sample": noise.sample}
+            where |= {"seed": noise.seed, "sample": noise.sample, "estimator": noise.estimator or self._estimator}
             where |= {f"{name}_address": address for name, address in noise.addresses.items()}
-        weight, bias = self.gaussian("weight"), self.gaussian("bias")
+            if not noise.each_sample:
+                where["num_samples"] = 1  # one function for all rows
+        has_bias = bias[0] is not None
         with_kl = self._kl_wanted and self._kl_of_forward is None
+        if not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and self._fold is not None:
+            # With gradients a checkpoint would not find the repetition again.
+            if (repeated := self._fold.repeated) is not None and repeated.is_(input):
+                input, where["same_input"] = repeated.batch, True
         y, kl = functional.bayes_linear(
             input,
-            *weight[:2],
-            *bias[:2],
-            weight_prior=weight[2:],
-            bias_prior=None if self.bias_mu is None else bias[2:],
+            *weight,
+            *bias,
+            weight_prior=self.prior("weight"),
+            bias_prior=self.prior("bias") if has_bias else None,
             with_kl=with_kl,
             **where,
         )
         if kl is not None:
-            parameters = (*weight[:2], *(() if self.bias_mu is None else bias[:2]))
-            self._kl_of_forward = FusedKL(kl, parameters, tuple(p.requires_grad for p in parameters))
+            parameters = (*weight, *bias) if has_bias else weight
+            vars(self)["_kl_of_forward"] = FusedKL(kl, parameters, tuple(p.requires_grad for p in parameters))
         return y
 
     def extra_repr(self) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fusedbayes import functional
 from fusedbayes.checks import check_module, check_number, describe
 from fusedbayes.noise import Address
-from fusedbayes.reference import GaussianParameter
+from fusedbayes.reference import Estimator, GaussianParameter
 
 # Wrappers that put their own name into the path of every module below them.
 _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
@@ -23,15 +23,48 @@ class FrozenNoise:
     Attributes:
         seed, sample: 0-d int64 tensors on the layer's device.
         addresses: of each of the layer's random tensors, by name.
+        estimator: in place of the layer's own, if not None.
+        each_sample: whether the Monte Carlo samples of one batch have draws of their own, from `sample` on.
     """
 
     seed: Tensor
     sample: Tensor
     addresses: dict[str, Address]
+    estimator: Estimator | None = None
+    each_sample: bool = False
 
 
 class MeanWeights:
     """Stands in for noise while `fusedbayes.mean_mode` is on: every weight is its posterior mean."""
+
+
+class Repeated(NamedTuple):
+    """A batch, and its repetition for several Monte Carlo samples, with their versions then."""
+
+    tensor: Tensor
+    batch: Tensor
+    versions: tuple[int, int]
+
+    def is_(self, input: Tensor) -> bool:
+        """Whether `input` is the very repetition, and neither was written to since."""
+        return input is self.tensor and self.versions == (self.tensor._version, self.batch._version)
+
+
+class Fold(NamedTuple):
+    """What the inputs of a model's layers hold; set by `fusedbayes.folding`.
+
+    Attributes:
+        num_samples, batch: so many batches of so many rows along dimension 0, or whole multiples of these rows.
+        repeated: the model's own input, if it is a tensor.
+    """
+
+    num_samples: int
+    batch: int
+    repeated: Repeated | None = None
+
+    def holds(self, rows: int) -> bool:
+        """Whether so many rows are its batches, or whole multiples of their rows."""
+        return rows % (self.num_samples * self.batch or 1) == 0
 
 
 class FusedKL(NamedTuple):
@@ -83,11 +116,20 @@ class BayesModule(nn.Module):
     random_tensors: ClassVar[tuple[str, ...]] = ()
 
     # Set for a while by the context managers of `fusedbayes.predict` and `fusedbayes.objective`; neither copied nor
-    # saved. In the instance's __dict__ from the start: torch.compile guards on what is there.
+    # saved. In the instance's __dict__ from the start: torch.compile guards on what is there. What changes at each step
+    # is written there too, past torch.nn.Module.__setattr__, which first looks for a parameter or module to register.
     _noises: tuple[FrozenNoise | MeanWeights, ...]  # of the contexts that are open; the last one counts
+    _fold: Fold | None
+    _recalls: tuple[Fold, ...]  # of forwards whose backward pass is running and may repeat them for a checkpoint
     _kl_wanted: bool
     _kl_of_forward: FusedKL | None
-    _TRANSIENT: ClassVar[dict[str, Any]] = {"_noises": (), "_kl_wanted": False, "_kl_of_forward": None}
+    _TRANSIENT: ClassVar[dict[str, Any]] = {
+        "_noises": (),
+        "_fold": None,
+        "_recalls": (),
+        "_kl_wanted": False,
+        "_kl_of_forward": None,
+    }
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,13 +140,56 @@ class BayesModule(nn.Module):
         """Whether `fusedbayes.frozen_sample` or `fusedbayes.mean_mode` decides at present what the layer draws."""
         return bool(self._noises)
 
+    def _samples_in(self, input: Tensor) -> int:
+        """For how many Monte Carlo samples the input of this forward holds rows."""
+        fold, rows = self._fold, input.shape[0] if isinstance(input, Tensor) and input.dim() > 1 else 0
+        if fold is None and not torch.compiler.is_compiling() and self._recalls:
+            fold = self._recalled(rows)
+        if fold is None or fold.num_samples == 1 or not isinstance(input, Tensor):
+            return 1
+        if not fold.holds(rows) or input.dim() < 2:
+            raise ValueError(
+                f"the model runs {fold.num_samples} Monte Carlo samples of a batch of {fold.batch} as one along "
+                f"dimension 0, but a Bayesian layer got {tuple(input.shape)}, whose dimension 0 is no multiple of "
+                f"{fold.num_samples * fold.batch}: pass samples_at_once=1 to run them one by one"
+            )
+        return fold.num_samples
+
+    def _recalled(self, rows: int) -> Fold | None:
+        if torch._C._current_graph_task_id() == -1:
+            vars(self)["_recalls"] = ()  # left by a backward pass that failed
+            return None
+        folds = {fold for fold in self._recalls if fold.holds(rows)}
+        if len(folds) > 1:
+            raise RuntimeError(
+                "one backward pass repeats checkpointed forwards of different numbers of Monte Carlo samples: pass "
+                "samples_at_once=1, or differentiate the losses one by one"
+            )
+        return folds.pop() if folds else None
+
     def names(self) -> list[str]:
         """The random tensors that the layer has: without a bias, "bias" is not among them."""
-        return [name for name in self.random_tensors if getattr(self, f"{name}_mu") is not None]
+        return [name for name in self.random_tensors if self._tensor(f"{name}_mu") is not None]
 
     def gaussian(self, name: str) -> GaussianParameter:
         """mu, rho, prior_mu and prior_sigma of the random tensor `name`."""
-        return GaussianParameter(*(getattr(self, f"{name}_{part}") for part in GaussianParameter._fields))
+        return GaussianParameter(*self.posterior(name), *self.prior(name))
+
+    def posterior(self, name: str) -> tuple[Tensor, Tensor]:
+        """mu and rho of the random tensor `name`."""
+        return self._tensor(f"{name}_mu"), self._tensor(f"{name}_rho")
+
+    def prior(self, name: str) -> tuple[Tensor, Tensor]:
+        """prior_mu and prior_sigma of the random tensor `name`."""
+        return self._tensor(f"{name}_prior_mu"), self._tensor(f"{name}_prior_sigma")
+
+    def _tensor(self, attribute: str) -> Any:
+        # From where torch.nn.Module keeps it: its own way there takes several times as long. A parametrized tensor is
+        # not kept, but computed by a property.
+        for held in (self._parameters, self._buffers):
+            if attribute in held:
+                return held[attribute]
+        return getattr(self, attribute)
 
     def kl_loss(self) -> Tensor:
         """KL of the posterior from the prior, summed over the layer's parameters; see `fusedbayes.kl_loss`.

@@ -1,9 +1,8 @@
 """The operators ``torch.ops.fusedbayes.*``: schemas, autograd, and who computes them where.
 
 On CUDA Triton computes them, on the CPU a C++ kernel if it is built (see `backend_info`), anywhere else PyTorch after
-`fusedbayes.reference`. For its backward an operator keeps
-what it was given and nothing else; the noise is drawn again from the seed. Inputs are validated by
-`fusedbayes.functional`.
+`fusedbayes.reference`. For its backward an operator keeps what it was given, and under "local" one number for each
+output; the noise of the weights is drawn again from the seed. Inputs are validated by `fusedbayes.functional`.
 """
 
 from collections.abc import Callable
@@ -19,7 +18,10 @@ from fusedbayes.ops import autograd, cpu, cuda, eager, fake
 # int would have torch.compile compile every Monte Carlo sample anew; None means 0. Parameters are 2-D, a bias in
 # bayes_linear 1-D. Without with_kl no KL is computed, and the KL that is returned has no element; the prior is kept for
 # the backward pass all the same, so that a checkpointed forward saves the same tensors with and without. Likewise
-# gradients that are not needed, or of a bias that there is none of, have no element.
+# gradients that are not needed, or of a bias that there is none of, have no element. The rows of x are num_samples
+# batches, one for each Monte Carlo sample from `sample` on, or with same_input one batch for all of them. slope is what
+# the local estimator keeps for its backward pass, the outputs' derivative by their variance; of the other estimators it
+# has no element and the shape (0, num_samples), by which a checkpoint that is repeated for another number is found out.
 _SCHEMAS = {
     "sample_weight": """(Tensor mu, Tensor rho, Tensor? prior_mu, Tensor? prior_sigma, Tensor seed, Tensor? sample,
         int[] address, ScalarType dtype, bool with_kl) -> (Tensor weight, Tensor kl)""",
@@ -28,13 +30,13 @@ _SCHEMAS = {
     "weight_kl": "(Tensor mu, Tensor rho, Tensor prior_mu, Tensor prior_sigma) -> Tensor",
     "bayes_linear": """(Tensor x, Tensor weight_mu, Tensor weight_rho, Tensor? weight_prior_mu,
         Tensor? weight_prior_sigma, Tensor? bias_mu, Tensor? bias_rho, Tensor? bias_prior_mu, Tensor? bias_prior_sigma,
-        Tensor seed, Tensor? sample, int[] weight_address, int[] bias_address, bool with_kl) -> (Tensor y,
-        Tensor kl)""",
-    "bayes_linear_backward": """(Tensor grad_y, Tensor? grad_kl, Tensor x, Tensor weight_mu, Tensor weight_rho,
-        Tensor? weight_prior_mu, Tensor? weight_prior_sigma, Tensor? bias_mu, Tensor? bias_rho, Tensor? bias_prior_mu,
-        Tensor? bias_prior_sigma, Tensor seed, Tensor? sample, int[] weight_address, int[] bias_address, bool needs_x,
-        bool needs_weight) -> (Tensor grad_x, Tensor grad_weight_mu, Tensor grad_weight_rho, Tensor grad_bias_mu,
-        Tensor grad_bias_rho)""",
+        Tensor seed, Tensor? sample, int[] weight_address, int[] bias_address, int num_samples, bool same_input,
+        str estimator, bool with_kl) -> (Tensor y, Tensor kl, Tensor slope)""",
+    "bayes_linear_backward": """(Tensor grad_y, Tensor? grad_kl, Tensor slope, Tensor x, Tensor weight_mu,
+        Tensor weight_rho, Tensor? weight_prior_mu, Tensor? weight_prior_sigma, Tensor? bias_mu, Tensor? bias_rho,
+        Tensor? bias_prior_mu, Tensor? bias_prior_sigma, Tensor seed, Tensor? sample, int[] weight_address,
+        int[] bias_address, int num_samples, str estimator, bool needs_x, bool needs_weight) -> (Tensor grad_x,
+        Tensor grad_weight_mu, Tensor grad_weight_rho, Tensor grad_bias_mu, Tensor grad_bias_rho)""",
 }
 
 _library = Library("fusedbayes", "DEF")

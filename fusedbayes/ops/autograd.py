@@ -4,20 +4,28 @@ A backward pass that is itself to be differentiated (``create_graph=True``, torc
 implementation instead, whose operations autograd knows: slower, with the noise in memory, but right to any order.
 """
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from fusedbayes.ops import eager
-from fusedbayes.reference import compute_dtype
+from fusedbayes.ops import cpu, eager
 
 DIFFERENTIABLE = ("sample_weight", "weight_kl", "bayes_linear")
+BACKWARD = ("sample_weight_backward", "bayes_linear_backward")
+_CPU = {name: cpu.implementation(name) for name in DIFFERENTIABLE + BACKWARD}
+
+
+def _call(name: str, *arguments: Any) -> Any:
+    if cpu.is_next(arguments):
+        return _CPU[name](*arguments)
+    return getattr(torch.ops.fusedbayes, name).default(*arguments)
 
 
 def _below_autograd(name: str, *arguments: Any) -> Any:
     with torch._C._AutoDispatchBelowAutograd():
-        return getattr(torch.ops.fusedbayes, name).default(*arguments)
+        return _call(name, *arguments)
 
 
 def _dispatch(function: type["_Operator"], *arguments: Any) -> Any:
@@ -26,7 +34,7 @@ def _dispatch(function: type["_Operator"], *arguments: Any) -> Any:
 
 
 class _Operator(torch.autograd.Function):
-    """Keeps the operator's arguments, and nothing it computed, for the backward pass.
+    """Keeps the operator's arguments, and of what it computed no more than it must, for the backward pass.
 
     Without setup_context, which torch.func would need but never comes here for (see `ops._entry`): with it, torch
     inspects the signature of forward at each call, for longer than a small layer takes.
@@ -35,18 +43,20 @@ class _Operator(torch.autograd.Function):
     name: ClassVar[str]
 
     @staticmethod
-    def run(ctx: Any, name: str, arguments: tuple[Any, ...], num_tensors: int) -> Any:
-        """Calls the operator and keeps its arguments, which begin with so many tensors."""
+    def run(ctx: Any, name: str, arguments: tuple[Any, ...], num_tensors: int, kept: tuple[int, ...] = ()) -> Any:
+        """Calls the operator; keeps its arguments, which begin with so many tensors, and some of its results."""
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*arguments[:num_tensors])
         ctx.rest = arguments[num_tensors:]
-        return _below_autograd(name, *arguments)
+        results = _below_autograd(name, *arguments)
+        ctx.save_for_backward(*arguments[:num_tensors], *(results[index] for index in kept))
+        return results
 
     @staticmethod
     def differentiable_backward(ctx: Any, name: str, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         """The gradients as functions that autograd can differentiate again."""
         # Views of the inputs: where one input was computed from another, its gradient must not flow on into that one.
-        saved = [None if tensor is None else tensor.view_as(tensor) for tensor in ctx.saved_tensors]
+        given = ctx.saved_tensors[: len(ctx.needs_input_grad) - len(ctx.rest)]
+        saved = [None if tensor is None else tensor.view_as(tensor) for tensor in given]
         arguments = (*saved, *ctx.rest)
         outputs = getattr(eager, name)(*arguments)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -74,7 +84,7 @@ class _SampleWeight(_Operator):
         if torch.is_grad_enabled():
             return _Operator.differentiable_backward(ctx, _SampleWeight.name, grad_weight, grad_kl)
         address, *_ = ctx.rest
-        grads = torch.ops.fusedbayes.sample_weight_backward.default(grad_weight, grad_kl, *ctx.saved_tensors, address)
+        grads = _call("sample_weight_backward", grad_weight, grad_kl, *ctx.saved_tensors, address)
         return *grads, *[None] * 7
 
 
@@ -90,7 +100,7 @@ class _WeightKL(_Operator):
         if torch.is_grad_enabled():
             return _Operator.differentiable_backward(ctx, _WeightKL.name, grad_kl)
         noise = (None, None, (0, 0, 0))
-        grads = torch.ops.fusedbayes.sample_weight_backward.default(None, grad_kl, *ctx.saved_tensors, *noise)
+        grads = _call("sample_weight_backward", None, grad_kl, *ctx.saved_tensors, *noise)
         return *grads, None, None
 
 
@@ -99,39 +109,50 @@ class _BayesLinear(_Operator):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Any:
-        y, kl = _Operator.run(ctx, _BayesLinear.name, arguments, 11)
-        if not arguments[-1]:
-            ctx.mark_non_differentiable(kl)
-        return y, kl
+        y, kl, slope = _Operator.run(ctx, _BayesLinear.name, arguments, 11, kept=(2,))
+        ctx.mark_non_differentiable(*(slope,) if arguments[-1] else (kl, slope))
+        return y, kl, slope
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor | None, grad_kl: Tensor | None) -> Any:
+    def backward(ctx: Any, grad_y: Tensor | None, grad_kl: Tensor | None, _: None) -> Any:
         if torch.is_grad_enabled():
-            return _Operator.differentiable_backward(ctx, _BayesLinear.name, grad_y, grad_kl)
-        ops = torch.ops.fusedbayes
-        x, *parameters, seed, sample = ctx.saved_tensors
+            return _Operator.differentiable_backward(ctx, _BayesLinear.name, grad_y, grad_kl, None)
+        x, *parameters, seed, sample, slope = ctx.saved_tensors
         weight, bias = parameters[:4], parameters[4:]
-        weight_address, bias_address, _ = ctx.rest
+        *addresses, num_samples, same_input, estimator, _ = ctx.rest
         needs_x, needs_weight, needs_bias = (any(ctx.needs_input_grad[i:j]) for i, j in ((0, 1), (1, 3), (5, 7)))
-        grad_x = None
-        grad_weights: tuple[Tensor | None, ...] = (None, None)
-        grad_biases: tuple[Tensor | None, ...] = (None, None)
-        if grad_y is not None and (needs_x or needs_weight):
-            # A bias comes along with the weight.
-            bias_or_none = bias if needs_bias else (None,) * 4
-            noises, needs = (seed, sample, weight_address, bias_address), (needs_x, needs_weight)
-            grads = ops.bayes_linear_backward.default(grad_y, grad_kl, x, *weight, *bias_or_none, *noises, *needs)
-            grad_x = grads[0] if needs_x else None
-            if needs_weight:
-                grad_weights, grad_biases = grads[1:3], grads[3:] if needs_bias else (None, None)
-        elif needs_weight:
-            grad_weights = ops.sample_weight_backward.default(None, grad_kl, *weight, seed, sample, weight_address)
-        if needs_bias and (grad_y is None or not needs_weight):
-            grad_bias = None if grad_y is None else grad_y.sum(0, keepdim=True, dtype=compute_dtype(grad_y))
-            rows = [t if t is None or t.dim() == 0 else t[None] for t in bias]
-            grad_rows = ops.sample_weight_backward.default(grad_bias, grad_kl, *rows, seed, sample, bias_address)
-            grad_biases = grad_rows[0][0], grad_rows[1][0]
-        return grad_x, *grad_weights, None, None, *grad_biases, *[None] * 7
+        if grad_y is None:
+            grads = *_kl_gradients(grad_kl, weight, needs_weight), *_kl_gradients(grad_kl, bias, needs_bias)
+            return None, *grads, *[None] * 8
+        # A bias comes along with the weight.
+        bias_or_none = bias if needs_bias else (None,) * 4
+        grad_x, *grads = _call(
+            "bayes_linear_backward",
+            *(grad_y, grad_kl, slope, x.repeat(num_samples, 1) if same_input else x),
+            *(*weight, *bias_or_none, seed, sample),
+            *(*addresses, num_samples, estimator, needs_x, needs_weight or needs_bias),
+        )
+        grad_weights, grad_biases = (grads[:2], grads[2:])
+        if same_input and needs_x:
+            grad_x = grad_x.view(num_samples, *x.shape).sum(0)
+        return (
+            grad_x if needs_x else None,
+            *(grad_weights if needs_weight else (None, None)),
+            *(None, None),
+            *(grad_biases if needs_bias else (None, None)),
+            *[None] * 10,
+        )
+
+
+def _kl_gradients(
+    grad_kl: Tensor | None, parameter: Sequence[Tensor | None], needed: bool
+) -> tuple[Tensor | None, ...]:
+    """Gradients of mu, rho and the prior where the output has none."""
+    if not needed:
+        return (None,) * 4
+    rows = [t if t is None or t.dim() != 1 else t[None] for t in parameter]
+    grads = _call("sample_weight_backward", None, grad_kl, *rows, None, None, (0, 0, 0))
+    return *(grad.view_as(parameter[0]) for grad in grads), None, None
 
 
 def sample_weight(*arguments: Any) -> Any:

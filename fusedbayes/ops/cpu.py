@@ -11,6 +11,38 @@ from fusedbayes.kernels import cpu
 from fusedbayes.ops import backend, eager
 
 
+def _dispatch_keys(inference: bool) -> torch._C.DispatchKeySet:
+    with torch.inference_mode(inference):
+        return torch._C._dispatch_keys(torch.empty(0, device="cpu"))
+
+
+# What the dispatcher knows of an ordinary tensor on the CPU, and of one from inference mode.
+_ORDINARY = _dispatch_keys(False), _dispatch_keys(True)
+
+
+def is_next(arguments: tuple[Any, ...]) -> bool:
+    """Whether all that the dispatcher does below autograd is to call the CPU implementation, and nobody looks on.
+
+    Its way there and back, through boxes for every argument, takes as long as a small layer.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._autograd._profiler_enabled()
+    ):
+        return False
+    for argument in arguments:
+        kind = type(argument)
+        if kind is Tensor or kind is Parameter:
+            if torch._C._dispatch_keys(argument) not in _ORDINARY:
+                return False
+        elif isinstance(argument, Tensor):
+            return False
+    return True
+
+
 def implementation(name: str) -> Callable[..., Any]:
     """The CPU implementation of operator `name`: the C++ kernel, or PyTorch where that is not built or does not serve.
 

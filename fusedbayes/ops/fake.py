@@ -25,14 +25,16 @@ def weight_kl(mu: Tensor, *_: Any) -> Tensor:
     return _kl(mu, True)
 
 
-def bayes_linear(x: Tensor, weight_mu: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return x.new_empty((x.shape[0], weight_mu.shape[0])), _kl(weight_mu, rest[-1])
+def bayes_linear(x: Tensor, weight_mu: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, num_samples, same_input, estimator, with_kl = rest
+    y = x.new_empty((num_samples * x.shape[0] if same_input else x.shape[0], weight_mu.shape[0]))
+    return y, _kl(weight_mu, with_kl), x.new_empty(y.shape if estimator == "local" else (0, num_samples))
 
 
 def bayes_linear_backward(
-    grad_y: Tensor, grad_kl: Any, x: Tensor, mu: Tensor, rho: Tensor, prior_mu: Any, prior_sigma: Any, *rest: Any
+    grad_y: Tensor, grad_kl: Any, slope: Any, x: Tensor, mu: Tensor, rho: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    bias_mu, bias_rho, *_, needs_x, needs_weight = rest
+    _, _, bias_mu, bias_rho, *_, needs_x, needs_weight = rest
     parameters = [parameter if needs_weight else None for parameter in (mu, rho, bias_mu, bias_rho)]
     grads = (mu.new_empty(0) if p is None else p.new_empty(p.shape) for p in parameters)
     return grad_y.new_empty(x.shape if needs_x else 0), *grads

@@ -11,7 +11,6 @@ from fusedbayes.kernels.cpu.sample import (
     sample_weight,
     sample_weight_backward,
     weight_kl,
-    weight_variance,
     words,
 )
 
@@ -23,6 +22,5 @@ __all__ = [
     "sample_weight",
     "sample_weight_backward",
     "weight_kl",
-    "weight_variance",
     "words",
 ]

@@ -27,7 +27,7 @@
 namespace {
 
 enum Type : int32_t { FLOAT32, BFLOAT16 };
-enum Output : int32_t { NONE, WEIGHT, VARIANCE, NORMAL, WORD };
+enum Output : int32_t { NONE, WEIGHT, VARIANCE, PERTURBATION, NORMAL, WORD };
 
 // A matrix, strides in elements; 0 repeats a row or a column. Results have adjacent columns.
 struct Operand {
@@ -39,15 +39,20 @@ struct Operand {
 using Worker = void (*)(void*);
 using Parallel = void (*)(Worker, void*, unsigned threads, unsigned flags);  // GOMP_parallel of the runtime in use
 
+// Words of 64 bits, as native.py packs them: first what belongs to a call, then what belongs to the parameter.
 struct Problem {
-    Operand weight, grad_mu, grad_rho;  // results
-    Operand mu, rho, prior_mu, prior_sigma, grad_weight;
-    const float* grad_kl;
-    const int64_t *seed, *sample;  // null is 0
-    int64_t stream, row_offset, column_offset;
-    int64_t first_row, rows, columns, output, scalar_prior;
     Parallel parallel;
-    int64_t threads, instruction_set;
+    int64_t threads, instruction_set, output, first_row, rows;
+    Operand weight;        // a result: W, sigma^2 or sigma eps, as `output` says
+    Operand grad_sampled;  // dL by that
+    int64_t columns, scalar_prior;
+    Operand mu, rho, prior_mu, prior_sigma;
+    const int64_t *seed, *sample;  // a sample of null is 0
+    int64_t stream, row_offset, column_offset;
+    const float* grad_kl;
+    Operand grad_product;       // dL by what multiplies mu, if it is not grad_sampled
+    Operand grad_mu, grad_rho;  // results
+    int64_t accumulate;         // they are added to what is there
 };
 
 struct Noise {

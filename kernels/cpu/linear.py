@@ -2,12 +2,15 @@
 
 import threading
 from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fusedbayes.kernels.cpu.native import Output, library
-from fusedbayes.kernels.cpu.sample import Key, Parameter, kl_tensor, make_problem, sample_weight_backward
+from fusedbayes.kernels.cpu.pair import Draw, combine, input_gradient, second_operands
+from fusedbayes.kernels.cpu.sample import Key, Parameter, kl_tensor, make_problem
+from fusedbayes.kernels.streams import sample_after
 
 # Weights of a block: 4 MiB in fp32, small enough for the cache, large enough for an efficient product.
 BLOCK = 1 << 20
@@ -17,25 +20,70 @@ class _Workspace(threading.local):
     """Each thread's memory for a block of W, kept: fresh memory costs as much time as drawing the block."""
 
     def __init__(self) -> None:
-        self._memory = torch.empty(0, dtype=torch.float32)
+        self._memory: dict[tuple[torch.dtype, int], Tensor] = {}
 
-    def block(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-        """Memory until the thread asks for the next block; more than BLOCK weights' is not kept."""
+    def block(self, rows: int, columns: int, dtype: torch.dtype, number: int = 0) -> Tensor:
+        """Memory until the thread asks for the next block of this number; more than BLOCK weights' is not kept."""
         if rows * columns > BLOCK:
-            return torch.empty(rows, columns, dtype=dtype)
-        if not self._memory.numel():
-            self._memory = torch.empty(BLOCK, dtype=torch.float32)
-        return self._memory.view(dtype)[: rows * columns].view(rows, columns)
+            return torch.empty(rows, columns, dtype=dtype, device="cpu")
+        if (dtype, number) not in self._memory:
+            self._memory[dtype, number] = torch.empty(BLOCK, dtype=dtype, device="cpu")
+        return self._memory[dtype, number].as_strided((rows, columns), (columns, 1))
 
 
 _workspace = _Workspace()
 
 
 def _blocks(rows: int, columns: int) -> Iterator[slice]:
-    """Cuts the rows of a weight into blocks of at most BLOCK weights, if a row has no more."""
+    """Cuts the rows of a weight into blocks of at most BLOCK weights, if a row has no more; one block at least."""
     step = max(1, BLOCK // max(columns, 1))
-    for first in range(0, rows, step):
+    for first in range(0, max(rows, 1), step):
         yield slice(first, min(first + step, rows))
+
+
+def _part(tensor: Tensor, dim: int, rows: slice) -> Tensor:
+    """What belongs to a block of W's rows; for the only block the tensor itself, since views cost time too."""
+    size = rows.stop - rows.start
+    return tensor if size == tensor.shape[dim] else tensor.narrow(dim, rows.start, size)
+
+
+_SAMPLED = {"shared": Output.WEIGHT, "local": Output.VARIANCE, "flipout": Output.PERTURBATION}
+
+
+class _Batch(NamedTuple):
+    """The rows of one Monte Carlo sample; under "local", which samples no weight, of all."""
+
+    rows: slice
+    sample: Tensor | None
+
+
+class _Layer(NamedTuple):
+    """The operators' arguments beside activations and cotangents."""
+
+    weight: Parameter
+    bias: Parameter | None
+    seed: Tensor
+    sample: Tensor | None
+    weight_address: Sequence[int]
+    bias_address: Sequence[int]
+    num_samples: int
+    estimator: str
+
+    def draw(self, rows: int) -> Draw:
+        """What `pair` needs, for so many rows of a sample."""
+        return Draw((self.seed, self.sample), self.weight_address, self.num_samples, rows)
+
+    @property
+    def output(self) -> Output:
+        """What is sampled of the weight."""
+        return _SAMPLED[self.estimator]
+
+    def batches(self, rows: int) -> list[_Batch]:
+        """How `rows` rows are divided among draws of the weight."""
+        if self.num_samples == 1 or self.estimator == "local":
+            return [_Batch(slice(0, rows), self.sample)]
+        M, key = rows // self.num_samples, (self.seed, self.sample)
+        return [_Batch(slice(i * M, (i + 1) * M), sample_after(key, i)) for i in range(self.num_samples)]
 
 
 def bayes_linear(
@@ -52,33 +100,67 @@ def bayes_linear(
     sample: Tensor | None,
     weight_address: Sequence[int],
     bias_address: Sequence[int],
+    num_samples: int,
+    same_input: bool,
+    estimator: str,
     with_kl: bool,
-) -> tuple[Tensor, Tensor]:
-    """y, and the KL of weight and bias."""
-    N, K = weight_mu.shape
-    kl, bias = 0.0, None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, the KL of weight and bias, and the slope."""
+    weight, bias = Parameter(weight_mu, weight_rho, weight_prior_mu, weight_prior_sigma), None
     if bias_mu is not None and bias_rho is not None:
-        bias = x.new_empty(N)
-        parameter = Parameter(bias_mu, bias_rho, bias_prior_mu, bias_prior_sigma)
-        problem = make_problem(parameter, Key(seed, sample, bias_address), with_kl=with_kl, weight=bias)
-        kl = library().forward(problem, Output.WEIGHT)
-    parameter = Parameter(weight_mu, weight_rho, weight_prior_mu, weight_prior_sigma)
-    problem = make_problem(parameter, Key(seed, sample, weight_address), with_kl=with_kl)
-    y = x.new_empty(x.shape[0], N)
-    for rows in _blocks(N, K):
-        weight = _workspace.block(rows.stop - rows.start, K, x.dtype)
-        problem.select(rows, weight)
-        kl += library().forward(problem, Output.WEIGHT)
-        if bias is None:
-            torch.mm(x, weight.t(), out=y[:, rows])
-        else:
-            torch.addmm(bias[rows], x, weight.t(), out=y[:, rows])
-    return y, kl_tensor(kl, weight_mu, with_kl)
+        bias = Parameter(bias_mu, bias_rho, bias_prior_mu, bias_prior_sigma)
+    layer = _Layer(weight, bias, seed, sample, weight_address, bias_address, num_samples, estimator)
+    draw = layer.draw(x.shape[0] if same_input else x.shape[0] // num_samples)
+    if same_input and estimator == "flipout":  # which gives each sample's rows other signs
+        x = x.repeat(num_samples, 1)
+    (N, K), total = weight_mu.shape, x.shape[0] if estimator == "local" else num_samples * draw.rows
+    batches = layer.batches(total)
+    keys = [Key(seed, batch.sample, weight_address) for batch in batches]
+    problems = [make_problem(weight, key, with_kl=with_kl and not index) for index, key in enumerate(keys)]
+    kl, drawn = _draw_bias(layer, batches, x.dtype, with_kl)
+    second_x, _ = second_operands(x, None, None, draw, estimator)
+    product = x.new_empty(total, N)
+    for columns in _blocks(N, K):
+        sampled = _workspace.block(columns.stop - columns.start, K, x.dtype)
+        for (rows, _), problem, b in zip(batches, problems, drawn, strict=True):
+            kl += library().forward(problem, layer.output, sampled, columns)
+            operand = second_x if len(second_x) == rows.stop - rows.start else second_x[rows]
+            out = _part(_part(product, 0, rows), 1, columns)
+            if b is None or estimator == "flipout":
+                torch.mm(operand, sampled.t(), out=out)
+            else:
+                torch.addmm(_part(b, 0, columns), operand, sampled.t(), out=out)
+    charge = kl_tensor(kl, weight_mu, with_kl)
+    if estimator == "shared":
+        return product, charge, x.new_empty(0, num_samples)
+    mean = x @ weight_mu.to(x.dtype).t()
+    for (rows, _), b in zip(batches, drawn, strict=True):
+        if b is not None and bias_mu is not None:
+            _part(mean, 0, rows).add_(b if estimator == "flipout" else bias_mu)
+    y, slope = combine(mean, product, draw, estimator)
+    return y, charge, slope
+
+
+def _draw_bias(
+    layer: _Layer, batches: list[_Batch], dtype: torch.dtype, with_kl: bool
+) -> tuple[float, list[Tensor | None]]:
+    """The bias's KL, and what is added to the product with what is sampled: b, or sigma^2."""
+    drawn: list[Tensor | None] = []
+    kl, output = 0.0, layer.output if layer.estimator == "local" else Output.WEIGHT
+    for index, batch in enumerate(batches):
+        if layer.bias is None:
+            drawn.append(None)
+            continue
+        drawn.append(torch.empty_like(layer.bias.mu, dtype=dtype))
+        key = Key(layer.seed, batch.sample, layer.bias_address)
+        kl += library().forward(make_problem(layer.bias, key, with_kl=with_kl and not index), output, drawn[-1])
+    return kl, drawn
 
 
 def bayes_linear_backward(
     grad_y: Tensor,
     grad_kl: Tensor | None,
+    slope: Tensor,
     x: Tensor,
     weight_mu: Tensor,
     weight_rho: Tensor,
@@ -92,38 +174,112 @@ def bayes_linear_backward(
     sample: Tensor | None,
     weight_address: Sequence[int],
     bias_address: Sequence[int],
+    num_samples: int,
+    estimator: str,
     needs_x: bool,
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dX = dY W, and dmu and drho of weight and bias from dY^T X and the sum of dY; the noise is drawn once for all."""
-    N, K = weight_mu.shape
-    grad_x = grad_y.new_zeros(x.shape if needs_x else 0)
-    key = Key(seed, sample, weight_address)
-    parameter = Parameter(weight_mu, weight_rho, weight_prior_mu, weight_prior_sigma)
+    """dX, and dmu and drho of weight and bias; what is sampled is drawn once for all of them."""
+    weight, bias = Parameter(weight_mu, weight_rho, weight_prior_mu, weight_prior_sigma), None
+    if bias_mu is not None and bias_rho is not None:
+        bias = Parameter(bias_mu, bias_rho, bias_prior_mu, bias_prior_sigma)
+    layer = _Layer(weight, bias, seed, sample, weight_address, bias_address, num_samples, estimator)
+    batches, draw = layer.batches(x.shape[0]), layer.draw(x.shape[0] // num_samples)
+    second_x, second_grad = second_operands(x, grad_y, slope, draw, estimator)
+    assert second_grad is not None
+    activations = _Activations(x, grad_y, second_x, second_grad)
+    grad_x = grad_y.new_empty(x.shape if needs_x else 0)
+    grads, bias_grads = ((weight_mu.new_empty(0), weight_mu.new_empty(0)) for _ in range(2))
     if needs_weight:
-        grad_mu, grad_rho = weight_mu.new_empty(N, K), weight_rho.new_empty(N, K)
+        grads = _accumulators(weight, len(batches))
+    _pass(layer, batches, activations, grad_kl, grad_x if needs_x else None, grads if needs_weight else None)
+    if needs_x and estimator != "shared":
+        grad_x = input_gradient(grad_y, grad_x, x, weight_mu, draw, estimator)
+    if needs_weight and bias is not None:
+        bias_grads = _bias_gradients(layer, bias, batches, activations, grad_kl)
+    dmu, drho, dmu_bias, drho_bias = (g.to(weight_mu.dtype) for g in (*grads, *bias_grads))
+    return grad_x, dmu, drho, dmu_bias, drho_bias
+
+
+class _Activations(NamedTuple):
+    """The operands of the products: x (rows, K) and dY (rows, N), and those of what is sampled."""
+
+    x: Tensor
+    grad_y: Tensor
+    second_x: Tensor
+    second_grad: Tensor
+
+
+def _accumulators(parameter: Parameter, batches: int) -> tuple[Tensor, Tensor]:
+    """Where dmu and drho are written; in fp32 if several batches add to them."""
+    dtype = parameter.mu.dtype if batches == 1 else torch.float32
+    mu, rho = parameter.mu, parameter.rho
+    return mu.new_empty(mu.shape, dtype=dtype), rho.new_empty(rho.shape, dtype=dtype)
+
+
+def _pass(
+    layer: _Layer,
+    batches: list[_Batch],
+    activations: _Activations,
+    grad_kl: Tensor | None,
+    grad_x: Tensor | None,
+    grads: tuple[Tensor, Tensor] | None,
+) -> None:
+    """Fills dmu and drho, and grad_x with the gradient by `second_x`, as far as they are given."""
+    x, grad_y, second_x, second_grad = activations
+    (N, K), weight, pair = layer.weight.mu.shape, layer.weight, layer.estimator != "shared"
+    product: Tensor | None = None
+    options: list[dict[str, Any]] = [{} for _ in batches]
+    if grads is not None:
         # dmu takes the place of dY^T X: the C++ reads an element before it writes it.
-        grad_weight = grad_mu if grad_mu.dtype == x.dtype else x.new_empty(N, K)
+        product = grads[0] if grads[0].dtype == x.dtype else x.new_empty(N, K)
+        options = [{"grad_mu": grads[0], "grad_rho": grads[1], "accumulate": True} for _ in batches]
+        options[0] |= {"grad_kl": grad_kl, "grad_product": product, "accumulate": False}
+    keys = [Key(layer.seed, batch.sample, layer.weight_address) for batch in batches]
+    problems = [make_problem(weight, key, **option) for key, option in zip(keys, options, strict=True)]
+    charged = slice(0, x.shape[0]) if pair else batches[0].rows
+    # Sums of many blocks' products must not be rounded to 16 bits in between: one block then.
+    for columns in _blocks(N, K) if grad_y.dtype == torch.float32 else (slice(0, N),):
+        size = columns.stop - columns.start
+        sampled = None if grad_x is None else _workspace.block(size, K, x.dtype)
+        if product is not None:
+            grad_columns = _part(_part(grad_y, 0, charged), 1, columns)
+            torch.mm(grad_columns.t(), _part(x, 0, charged), out=_part(product, 0, columns))
+        for index, ((rows, _), problem) in enumerate(zip(batches, problems, strict=True)):
+            grad_columns, grad_sampled = _part(_part(second_grad, 0, rows), 1, columns), None
+            if grads is not None and (pair or index > 0):
+                grad_sampled = _workspace.block(size, K, x.dtype, 1)
+                torch.mm(grad_columns.t(), _part(second_x, 0, rows), out=grad_sampled)
+            if grads is not None:
+                library().backward(problem, layer.output, sampled, grad_sampled, columns)
+            elif sampled is not None:
+                library().forward(problem, layer.output, sampled, columns)
+            if grad_x is not None and sampled is not None:
+                out = _part(grad_x, 0, rows)
+                if columns.start == 0:
+                    torch.mm(grad_columns, sampled, out=out)
+                else:
+                    out.addmm_(grad_columns, sampled)
+
+
+def _bias_gradients(
+    layer: _Layer, bias: Parameter, batches: list[_Batch], activations: _Activations, grad_kl: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """dmu and drho of the bias."""
+    grads, local = _accumulators(bias, len(batches)), layer.estimator == "local"
+    for index, (rows, sample) in enumerate(batches):
         problem = make_problem(
-            parameter, key, grad_kl=grad_kl, grad_mu=grad_mu, grad_rho=grad_rho, grad_weight=grad_weight
+            bias,
+            Key(layer.seed, sample, layer.bias_address),
+            grad_kl=None if index else grad_kl,
+            grad_product=_part(activations.grad_y, 0, rows).sum(0, dtype=torch.float32),
+            grad_mu=grads[0],
+            grad_rho=grads[1],
+            accumulate=index > 0,
         )
-    else:
-        grad_mu, grad_rho = weight_mu.new_empty(0), weight_rho.new_empty(0)
-        problem = make_problem(parameter, key)
-    # Sums of many blocks' dY W must not be rounded to 16 bits in between: one block then.
-    for rows in _blocks(N, K) if grad_y.dtype == torch.float32 else (slice(0, N),):
-        weight = _workspace.block(rows.stop - rows.start, K, grad_y.dtype) if needs_x else None
-        problem.select(rows, weight)
-        if needs_weight:
-            torch.mm(grad_y[:, rows].t(), x, out=grad_weight[rows])
+        if local:
+            by_variance = activations.second_grad.sum(0, dtype=torch.float32)
+            library().backward(problem, Output.VARIANCE, grad_sampled=by_variance)
+        else:
             library().backward(problem)
-        elif weight is not None:
-            library().forward(problem, Output.WEIGHT)
-        if weight is not None:
-            grad_x.addmm_(grad_y[:, rows], weight)
-    if not needs_weight or bias_mu is None or bias_rho is None:
-        return grad_x, grad_mu, grad_rho, weight_mu.new_empty(0), weight_mu.new_empty(0)
-    grad_bias = grad_y.sum(0, dtype=torch.float32)
-    bias = (bias_mu, bias_rho, bias_prior_mu, bias_prior_sigma)
-    bias_grads = sample_weight_backward(grad_bias, grad_kl, *bias, seed, sample, bias_address)
-    return grad_x, grad_mu, grad_rho, *bias_grads
+    return grads

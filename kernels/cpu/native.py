@@ -3,10 +3,11 @@
 import ctypes
 import functools
 import hashlib
-from collections.abc import Sequence
+import struct
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -27,60 +28,38 @@ class Output(IntEnum):
     NONE = 0
     WEIGHT = 1
     VARIANCE = 2
-    NORMAL = 3
-    WORD = 4  # the bits of the noise's words
+    PERTURBATION = 3  # sigma eps
+    NORMAL = 4
+    WORD = 5  # the bits of the noise's words
 
 
-class Operand(ctypes.Structure):
-    """A matrix, or a vector as one row; one that is absent is null."""
+class Problem(NamedTuple):
+    """What passes over one parameter have in common.
 
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("type", "row_stride", "column_stride", "first_row")),
-    )
+    Attributes:
+        rows: of the parameter.
+        words: `Problem` of fused.cpp, from `columns` to its end.
+        tensors: what the words point to, kept alive.
+    """
+
+    rows: int
+    words: tuple[int, ...]
+    tensors: tuple[torch.Tensor | None, ...]
 
 
-class Problem(ctypes.Structure):
-    """The arguments of a pass; what they point to is kept alive in `tensors`."""
+ABSENT = (0, 0, 0, 0, 0)
+# A pass takes its arguments as 64-bit words in the order of the C++: a ctypes.Structure takes longer to fill than a
+# small layer to compute.
+_WORDS = struct.Struct("@60q")
 
-    tensors: dict[str, torch.Tensor]
-    _fields_ = (
-        *((name, Operand) for name in ("weight", "grad_mu", "grad_rho")),
-        *((name, Operand) for name in ("mu", "rho", "prior_mu", "prior_sigma", "grad_weight")),
-        *((name, ctypes.c_void_p) for name in ("grad_kl", "seed", "sample")),
-        *((name, ctypes.c_int64) for name in ("stream", "row_offset", "column_offset")),
-        *((name, ctypes.c_int64) for name in ("first_row", "rows", "columns", "output", "scalar_prior")),
-        ("parallel", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("threads", "instruction_set")),
-    )
 
-    def set_operands(self, tensors: dict[str, torch.Tensor | None]) -> None:
-        """Points at the tensors, whatever their strides; results are contiguous."""
-        self.tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-        for name, tensor in self.tensors.items():
-            if tensor.dim() == 2 and tensor.stride(1) > 1:
-                # Column by column, each element would be a cache line of its own.
-                tensor = self.tensors[name] = tensor.contiguous()
-            strides = (0, 0, *tensor.stride())[-2:]
-            setattr(self, name, (tensor.data_ptr(), _TYPES[tensor.dtype], *strides, 0))
-
-    def set_grad_kl(self, grad_kl: torch.Tensor) -> None:
-        """Points at the KL's cotangent, or at its copy in float32."""
-        self.tensors["grad_kl"] = grad_kl.float()
-        self.grad_kl = self.tensors["grad_kl"].data_ptr()
-
-    def set_noise(self, seed: torch.Tensor, sample: torch.Tensor | None, address: Sequence[int]) -> None:
-        """Points at seed and sample, and sets the address."""
-        self.tensors["seed"], self.seed = seed, seed.data_ptr()
-        if sample is not None:
-            self.tensors["sample"], self.sample = sample, sample.data_ptr()
-        self.stream, self.row_offset, self.column_offset = address
-
-    def select(self, rows: slice, weight: torch.Tensor | None) -> None:
-        """Restricts the next pass to these rows; `weight` is written for them alone."""
-        self.first_row, self.rows = rows.start, rows.stop - rows.start
-        if weight is not None:
-            self.weight = (weight.data_ptr(), _TYPES[weight.dtype], *weight.stride(), rows.start)
+def operand(tensor: torch.Tensor | None, first_row: int = 0) -> tuple[int, ...]:
+    """The words of an `Operand` of fused.cpp: a matrix, a vector as one row, or a number that fills it."""
+    if tensor is None:
+        return ABSENT
+    strides = tensor.stride()
+    row_and_column = strides if len(strides) == 2 else (0, *strides) if strides else (0, 0)
+    return tensor.data_ptr(), _TYPES[tensor.dtype], *row_and_column, first_row
 
 
 @dataclass(frozen=True)
@@ -97,19 +76,38 @@ class Library:
     instruction_set: str
     parallel: int | None
 
-    def forward(self, problem: Problem, output: Output) -> float:
-        """Writes `output` in the place of the weight; returns the KL, 0 without a prior."""
-        problem.output = output
-        return self.functions.fusedbayes_forward(self._prepared(problem))
+    def forward(
+        self, problem: Problem, output: Output, weight: torch.Tensor | None = None, rows: slice | None = None
+    ) -> float:
+        """Writes `output` of these rows, or of all, into `weight`; returns the KL, 0 without a prior."""
+        return self.functions.fusedbayes_forward(self._arguments(problem, output, weight, rows))
 
-    def backward(self, problem: Problem) -> None:
-        """Writes the gradients, and the weight if it has a place."""
-        self.functions.fusedbayes_backward(self._prepared(problem))
+    def backward(
+        self,
+        problem: Problem,
+        output: Output = Output.WEIGHT,
+        weight: torch.Tensor | None = None,
+        grad_sampled: torch.Tensor | None = None,
+        rows: slice | None = None,
+    ) -> None:
+        """Writes the gradients of these rows, or of all, and again the forward's `output` if there is a `weight`.
 
-    def _prepared(self, problem: Problem) -> "ctypes._CArgObject":
-        problem.parallel, problem.threads = self.parallel, torch.get_num_threads()
-        problem.instruction_set = INSTRUCTION_SETS.index(self.instruction_set)
-        return ctypes.byref(problem)
+        grad_sampled is dL by that output, of these rows alone.
+        """
+        self.functions.fusedbayes_backward(self._arguments(problem, output, weight, rows, grad_sampled))
+
+    def _arguments(
+        self,
+        problem: Problem,
+        output: Output,
+        weight: torch.Tensor | None,
+        rows: slice | None,
+        grad_sampled: torch.Tensor | None = None,
+    ) -> bytes:
+        first, end = (0, problem.rows) if rows is None else (rows.start, rows.stop)
+        how = (self.parallel or 0, torch.get_num_threads(), INSTRUCTION_SETS.index(self.instruction_set))
+        operands = operand(weight, first) + operand(grad_sampled, first)
+        return _WORDS.pack(*how, output, first, end - first, *operands, *problem.words)
 
 
 def source_hash() -> int:
@@ -132,9 +130,10 @@ def load() -> Library | str:
     if functions.fusedbayes_source_hash() != source_hash():
         return f"{path} was built from other sources: install the package again"
     functions.fusedbayes_problem_size.restype = ctypes.c_int64
-    assert functions.fusedbayes_problem_size() == ctypes.sizeof(Problem)
+    assert functions.fusedbayes_problem_size() == _WORDS.size
     functions.fusedbayes_forward.restype = ctypes.c_double
     functions.fusedbayes_backward.restype = None
+    functions.fusedbayes_forward.argtypes = functions.fusedbayes_backward.argtypes = [ctypes.c_char_p]
     functions.fusedbayes_instruction_set.restype = ctypes.c_int64
     try:
         # Among the symbols of the process, since torch loads its OpenMP runtime for all to see.

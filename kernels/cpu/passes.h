@@ -348,10 +348,28 @@ INLINE void write_noise(const Problem& p, const Piece& piece) {
     std::memcpy((float*)p.weight.data + piece.offset(p.weight), noise, piece.columns * sizeof(float));
 }
 
+// What is written in the weight's place, and its derivative by sigma: W and eps, sigma^2 and 2 sigma, sigma eps and eps.
+struct Sampled {
+    INLINE Sampled(const Problem& p, const Piece& piece, bool wanted, float* buffer) {
+        eps = wanted && (p.output == WEIGHT || p.output == PERTURBATION) ? draw(p, piece, buffer) : nullptr;
+        with_mean = (Ints)fill(0.0f) - (p.output == WEIGHT);
+    }
+
+    INLINE Floats value(int i, Floats mean, Floats sigma) const {
+        return eps ? (Floats)((Ints)mean & with_mean) + sigma * load(eps + i) : sigma * sigma;
+    }
+
+    INLINE Floats derivative(int i, Floats sigma) const { return eps ? load(eps + i) : sigma + sigma; }
+
+   private:
+    const float* eps;
+    Ints with_mean;
+};
+
 template <bool KL, bool SCALAR, bool TAIL>
 INLINE double forward(const Problem& p, const Piece& piece) {
     float buffers[6][LONGEST + GROUP];
-    const float* eps = p.output == WEIGHT ? draw(p, piece, buffers[0]) : nullptr;
+    const Sampled sampled(p, piece, p.output != NONE, buffers[0]);
     const float* mu = fetch(p.mu, piece, 0.0f, buffers[1]);
     const float* rho = fetch(p.rho, piece, 0.0f, buffers[2]);
     float* weight = p.output == NONE ? nullptr : target(p.weight, piece, buffers[3]);
@@ -367,7 +385,7 @@ INLINE double forward(const Problem& p, const Piece& piece) {
                 exp_and_sigma(load(rho + i), t, sigma);
                 prior.move_to(i);
                 kl.add(load(mu + i), sigma, prior, piece.columns - i);
-                if (weight) store(weight + i, eps ? load(mu + i) + sigma * load(eps + i) : sigma * sigma);
+                if (weight) store(weight + i, sampled.value(i, load(mu + i), sigma));
             }
             kl.end_group();
         }
@@ -376,7 +394,7 @@ INLINE double forward(const Problem& p, const Piece& piece) {
         for (int i = 0; i < piece.padded; i += LANES) {
             Floats t, sigma;
             exp_and_sigma(load(rho + i), t, sigma);
-            store(weight + i, eps ? load(mu + i) + sigma * load(eps + i) : sigma * sigma);
+            store(weight + i, sampled.value(i, load(mu + i), sigma));
         }
     }
     if (weight) flush(p.weight, piece, weight);
@@ -388,18 +406,24 @@ struct NoPrior {
     INLINE NoPrior(const Problem&, const Piece&, float*, float*) {}
 };
 
-// dmu = G + g (mu - m0) / s0^2 and drho = (G eps + g (sigma / s0^2 - 1 / sigma)) sigmoid(rho), and W again if asked for.
+// dmu = G + g (mu - m0) / s0^2 and drho = (H d + g (sigma / s0^2 - 1 / sigma)) sigmoid(rho), and W again if asked for; H is
+// dL by what was sampled, d its derivative by sigma, and G is H if W was sampled.
 // sigmoid(rho) / sigma is (t if rho < 0 else 1) / (sigma (1 + t)): at most 1, while g / sigma would overflow.
 template <bool KL, bool SCALAR>
 INLINE void backward(const Problem& p, const Piece& piece) {
-    float buffers[9][LONGEST + GROUP];
-    const float* eps = p.grad_weight.data || p.weight.data ? draw(p, piece, buffers[0]) : nullptr;
+    float buffers[10][LONGEST + GROUP];
+    const Operand& first = p.output != WEIGHT || p.grad_product.data ? p.grad_product : p.grad_sampled;
+    const Operand& second = p.output != WEIGHT || p.grad_sampled.data ? p.grad_sampled : p.grad_product;
+    const Sampled sampled(p, piece, second.data || p.weight.data, buffers[0]);
     const float* mu = fetch(p.mu, piece, 0.0f, buffers[1]);
     const float* rho = fetch(p.rho, piece, 0.0f, buffers[2]);
-    const float* grad_weight = p.grad_weight.data ? fetch(p.grad_weight, piece, 0.0f, buffers[3]) : nullptr;
+    const float* grad_product = first.data ? fetch(first, piece, 0.0f, buffers[3]) : nullptr;
+    const float* grad_sampled = second.data ? fetch(second, piece, 0.0f, buffers[9]) : nullptr;
     float* weight = p.weight.data ? target(p.weight, piece, buffers[4]) : nullptr;
     float* grad_mu = target(p.grad_mu, piece, buffers[5]);
     float* grad_rho = target(p.grad_rho, piece, buffers[6]);
+    const float* mu_before = p.accumulate ? fetch(p.grad_mu, piece, 0.0f, buffers[5]) : nullptr;
+    const float* rho_before = p.accumulate ? fetch(p.grad_rho, piece, 0.0f, buffers[6]) : nullptr;
     std::conditional_t<KL, Prior<SCALAR>, NoPrior> prior(p, piece, buffers[7], buffers[8]);
     const Floats grad_kl = fill(KL ? *p.grad_kl : 0.0f);
     for (int i = 0; i < piece.padded; i += LANES) {
@@ -408,19 +432,17 @@ INLINE void backward(const Problem& p, const Piece& piece) {
         exp_and_sigma(r, t, sigma);
         const Floats sigmoid_over_sigma = (r < 0.0f ? t : fill(1.0f)) / (sigma + sigma * t);
         Floats dmu = fill(0.0f), drho = fill(0.0f);
-        if (weight) store(weight + i, mean + sigma * load(eps + i));
-        if (grad_weight) {
-            dmu = load(grad_weight + i);
-            drho = dmu * load(eps + i) * (sigma * sigmoid_over_sigma);
-        }
+        if (weight) store(weight + i, sampled.value(i, mean, sigma));
+        if (grad_product) dmu = load(grad_product + i);
+        if (grad_sampled) drho = load(grad_sampled + i) * sampled.derivative(i, sigma) * (sigma * sigmoid_over_sigma);
         if constexpr (KL) {
             prior.move_to(i);
             const Floats scale = sigma * prior.inverse;
             dmu += grad_kl * ((mean - prior.mu) * prior.inverse * prior.inverse);
             drho += grad_kl * (scale * scale - 1.0f) * sigmoid_over_sigma;
         }
-        store(grad_mu + i, dmu);
-        store(grad_rho + i, drho);
+        store(grad_mu + i, mu_before ? dmu + load(mu_before + i) : dmu);
+        store(grad_rho + i, rho_before ? drho + load(rho_before + i) : drho);
     }
     if (weight) flush(p.weight, piece, weight);
     flush(p.grad_mu, piece, grad_mu);

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedbayes.kernels.cpu.native import Output, Problem, library
+from fusedbayes.kernels.cpu.native import Output, Problem, library, operand
 
 
 class Parameter(NamedTuple):
@@ -32,34 +32,52 @@ def make_problem(
     *,
     with_kl: bool = False,
     grad_kl: Tensor | None = None,
-    **tensors: Tensor | None,
+    grad_product: Tensor | None = None,
+    grad_mu: Tensor | None = None,
+    grad_rho: Tensor | None = None,
+    accumulate: bool = False,
 ) -> Problem:
-    """The C++'s view of all rows of a parameter; a vector is one row.
+    """The C++'s view of a parameter; a vector is one row.
 
     Args:
         parameter: (rows, columns), or a vector; float32 or bfloat16.
         key: its noise, if any is drawn.
         with_kl: whether the KL is computed.
         grad_kl: 0-d cotangent of the KL, whose gradient is computed if there is a prior.
-        tensors: the other operands by their names in `Problem`, contiguous where they are written.
+        grad_product: of the parameter's shape, dL/dW, or in the other estimators what multiplies mu has of dL/dW.
+        grad_mu, grad_rho: where the gradients are written, contiguous.
+        accumulate: whether they are added to what is there.
     """
     mu, rho, prior_mu, prior_sigma = parameter
     rows, columns = mu.shape if mu.dim() == 2 else (1, mu.numel())
-    problem = Problem(rows=rows, columns=columns)
-    tensors |= {"mu": mu, "rho": rho}
-    with_gradient = grad_kl is not None and prior_mu is not None
-    if with_kl or with_gradient:
-        assert prior_mu is not None
-        assert prior_sigma is not None
-        problem.scalar_prior = prior_mu.dim() == prior_sigma.dim() == 0
-        for name, prior in (("prior_mu", prior_mu), ("prior_sigma", prior_sigma)):
-            tensors[name] = prior.float() if problem.scalar_prior else prior.expand(mu.shape)
-    problem.set_operands(tensors)
-    if grad_kl is not None and with_gradient:
-        problem.set_grad_kl(grad_kl)
-    if key is not None:
-        problem.set_noise(*key)
-    return problem
+    mu, rho, scalar_prior = _by_rows(mu), _by_rows(rho), False
+    if prior_mu is None or prior_sigma is None or not (with_kl or grad_kl is not None):
+        prior_mu = prior_sigma = grad_kl = None
+    elif prior_mu.dim() == prior_sigma.dim() == 0:
+        prior_mu, prior_sigma, scalar_prior = prior_mu.float(), prior_sigma.float(), True
+    else:
+        prior_mu, prior_sigma = (_by_rows(prior.expand(parameter.mu.shape)) for prior in (prior_mu, prior_sigma))
+    grad_kl = None if grad_kl is None else grad_kl.float()
+    grad_product = None if grad_product is None else _by_rows(grad_product)
+    words = (
+        *(columns, scalar_prior, *operand(mu), *operand(rho), *operand(prior_mu), *operand(prior_sigma)),
+        *(_NO_NOISE if key is None else (_address(key.seed), _address(key.sample), *key.address)),
+        *(_address(grad_kl), *operand(grad_product), *operand(grad_mu), *operand(grad_rho), accumulate),
+    )
+    tensors = (mu, rho, prior_mu, prior_sigma, grad_kl, grad_product, grad_mu, grad_rho)
+    return Problem(rows, words, tensors if key is None else (*tensors, *key[:2]))
+
+
+_NO_NOISE = (0, 0, 0, 0, 0)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _by_rows(tensor: Tensor) -> Tensor:
+    """The tensor, or its copy: column by column, each element would be a cache line of its own."""
+    return tensor if tensor.is_contiguous() or tensor.dim() < 2 or tensor.stride(1) <= 1 else tensor.contiguous()
 
 
 def sample_weight(
@@ -75,38 +93,23 @@ def sample_weight(
 ) -> tuple[Tensor, Tensor]:
     """W and its KL."""
     parameter, weight = Parameter(mu, rho, prior_mu, prior_sigma), mu.new_empty(mu.shape, dtype=dtype)
-    problem = make_problem(parameter, Key(seed, sample, address), with_kl=with_kl, weight=weight)
-    return weight, kl_tensor(library().forward(problem, Output.WEIGHT), mu, with_kl)
-
-
-def weight_variance(
-    mu: Tensor,
-    rho: Tensor,
-    prior_mu: Tensor | None,
-    prior_sigma: Tensor | None,
-    dtype: torch.dtype,
-    with_kl: bool,
-) -> tuple[Tensor, Tensor]:
-    """sigma^2, of mu's shape in `dtype`, and the KL: what local reparameterisation multiplies x^2 with."""
-    parameter, variance = Parameter(mu, rho, prior_mu, prior_sigma), mu.new_empty(mu.shape, dtype=dtype)
-    problem = make_problem(parameter, None, with_kl=with_kl, weight=variance)
-    return variance, kl_tensor(library().forward(problem, Output.VARIANCE), mu, with_kl)
+    problem = make_problem(parameter, Key(seed, sample, address), with_kl=with_kl)
+    return weight, kl_tensor(library().forward(problem, Output.WEIGHT, weight), mu, with_kl)
 
 
 def normal(shape: tuple[int, int], seed: Tensor, sample: Tensor | None, address: Sequence[int]) -> Tensor:
     """eps, float32: `fusedbayes.noise.normal` to 1e-5."""
-    return _noise(torch.empty(shape), Output.NORMAL, Key(seed, sample, address))
+    return _noise(torch.empty(shape, dtype=torch.float32, device="cpu"), Output.NORMAL, Key(seed, sample, address))
 
 
 def words(shape: tuple[int, int], seed: Tensor, sample: Tensor | None, address: Sequence[int]) -> Tensor:
     """The word of each column as int32, the bits of `fusedbayes.noise.philox_words`."""
-    return _noise(torch.empty(shape, dtype=torch.int32), Output.WORD, Key(seed, sample, address))
+    return _noise(torch.empty(shape, dtype=torch.int32, device="cpu"), Output.WORD, Key(seed, sample, address))
 
 
 def _noise(out: Tensor, kind: Output, key: Key) -> Tensor:
     # Neither mean nor deviation is read.
-    problem = make_problem(Parameter(out, out, None, None), key, weight=out)
-    library().forward(problem, kind)
+    library().forward(make_problem(Parameter(out, out, None, None), key), kind, out)
     return out
 
 
@@ -137,7 +140,7 @@ def sample_weight_backward(
         grad_kl=grad_kl,
         grad_mu=grads[0],
         grad_rho=grads[1],
-        grad_weight=None if key is None else grad_weight,
+        grad_product=None if key is None else grad_weight,
     )
     library().backward(problem)
     return grads

@@ -1,0 +1,117 @@
+"""One step of the forward product: a tile of mu and rho, the products of an estimator with it, its part of the KL."""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from fusedbayes.kernels.gaussian import sigma_from_rho
+from fusedbayes.kernels.math import anew, once
+from fusedbayes.kernels.noise import FLIPOUT_INPUT, negative_tile, normal_tile
+from fusedbayes.kernels.parameter import load_elements
+from fusedbayes.kernels.tile_kl import add_kl
+
+
+class Tiles(NamedTuple):
+    """What the steps of a program share.
+
+    Attributes:
+        x_ptr, mu_ptr, rho_ptr: at the program's first row; x_offsets (BLOCK_K, BLOCK_M), weight_offsets (BLOCK_N,
+            BLOCK_K): of the first tile of columns.
+        stride_xs: between the batches of two Monte Carlo samples.
+        first, last: of the Monte Carlo samples, the program's first one and the last of all, counted from `noise`'s.
+        noise: of the first tile of columns.
+        batch: rows of x within their sample (BLOCK_M,).
+        first_quad: of all columns.
+        charge: of `open_charge`, or None without KL.
+    """
+
+    x_ptr: Any
+    x_offsets: Any
+    stride_xk: Any
+    stride_xs: Any
+    first: Any
+    last: Any
+    mu_ptr: Any
+    rho_ptr: Any
+    weight_offsets: Any
+    noise: Any
+    batch: Any
+    first_quad: Any
+    charge: Any
+    K: Any
+
+
+@triton.jit
+def _dot(weight, x, product, OPERANDS: tl.constexpr, DOT_DTYPE: tl.constexpr, INPUT_PRECISION: tl.constexpr):
+    """Product (BLOCK_N, BLOCK_M) + weight x, both rounded to OPERANDS."""
+    weight, x = weight.to(OPERANDS).to(DOT_DTYPE), x.to(OPERANDS).to(DOT_DTYPE)
+    return tl.dot(weight, x, product, input_precision=INPUT_PRECISION)
+
+
+@triton.jit
+def step(
+    products,
+    kl_sums,
+    tile_k,
+    tiles,
+    MASKED: tl.constexpr,
+    ESTIMATOR: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """The products (BLOCK_N, BLOCK_M) and the KL's sums with one more tile of columns.
+
+    "shared": W x for the W of each Monte Carlo sample. "local": mu x and sigma^2 x^2. "flipout": mu x and
+    (sigma eps) (r x).
+    """
+    BLOCK_K: tl.constexpr = tiles.weight_offsets.shape[1]
+    X_DTYPE: tl.constexpr = tiles.x_ptr.dtype.element_ty
+    noise = tiles.noise
+    first = tile_k * BLOCK_K
+    # A 32-bit sum per four weights and a wide multiply-add per address: cheaper than 64-bit offsets.
+    offsets = tiles.weight_offsets + first
+    exist, x_exist, quads_exist = None, None, None
+    if MASKED:
+        columns = first + tl.arange(0, BLOCK_K)
+        exist, x_exist = (columns < tiles.K)[None, :], (columns < tiles.K)[:, None]
+        quads_exist = (first + 4 * tl.arange(0, BLOCK_K // 4) < tiles.K)[None, :]
+    mu = load_elements(tiles.mu_ptr, offsets, exist, 0.0).to(tl.float32)
+    sigma = sigma_from_rho(load_elements(tiles.rho_ptr, offsets, exist, 0.0).to(tl.float32))
+    quads = noise.columns + tile_k * (BLOCK_K // 4)
+    sums = ()
+    if ESTIMATOR == "shared":
+        for i in tl.static_range(len(products)):
+            # What is beyond the last sample repeats it: drawn, multiplied, and stored alike.
+            sample = tl.minimum(tiles.first + i, tiles.last)
+            x_ptr = tiles.x_ptr + tl.cast(first, tl.int64) * tiles.stride_xk + sample * tiles.stride_xs
+            x = load_elements(x_ptr, tiles.x_offsets, x_exist, 0.0)
+            index = noise.sample + sample
+            if len(products) > 1:
+                index = anew(index, tile_k)
+            weight = mu + sigma * normal_tile(noise.seed, noise.rows, quads, index, noise.stream)
+            sums += (_dot(weight, x, products[i], X_DTYPE, DOT_DTYPE, INPUT_PRECISION),)
+    else:
+        x_ptr = tiles.x_ptr + tl.cast(first, tl.int64) * tiles.stride_xk + tiles.first * tiles.stride_xs
+        x = load_elements(x_ptr, tiles.x_offsets, x_exist, 0.0)
+        mean = _dot(mu, x, products[0], X_DTYPE, DOT_DTYPE, INPUT_PRECISION)
+        wide = x.to(tl.float32)  # the interpreter would negate the bits of a bf16
+        if ESTIMATOR == "local":
+            if tiles.charge is not None:
+                sigma = once(sigma, tile_k)
+            # Squares of fp16 would overflow and underflow.
+            SQUARES: tl.constexpr = tl.bfloat16 if tl.float16 == X_DTYPE else X_DTYPE
+            SQUARES_DOT: tl.constexpr = DOT_DTYPE if tl.float32 == DOT_DTYPE else SQUARES
+            second = _dot(sigma * sigma, wide * wide, products[1], SQUARES, SQUARES_DOT, INPUT_PRECISION)
+        else:
+            sample = noise.sample + tiles.first
+            perturbation = sigma * normal_tile(noise.seed, noise.rows, quads, sample, noise.stream)
+            quad = tiles.first_quad + tile_k * (BLOCK_K // 4)
+            stream = tl.cast(noise.stream, tl.uint32) + FLIPOUT_INPUT
+            negative = negative_tile(noise.seed, quad, tiles.batch, sample, stream, BLOCK_K)
+            wide = tl.where(negative, -wide, wide)
+            second = _dot(perturbation, wide, products[1], X_DTYPE, DOT_DTYPE, INPUT_PRECISION)
+        sums = (mean, second)
+    if tiles.charge is not None:
+        kl_sums = add_kl(kl_sums, tiles.charge, mu, sigma, offsets, exist, quads_exist)
+    return sums, kl_sums
