@@ -6,7 +6,7 @@ from torch import Tensor
 from fusedbayes import reference
 from fusedbayes.checks import check_count, check_number, describe
 from fusedbayes.noise import Address, as_sample, as_seed, check_coordinates, draw_seed
-from fusedbayes.reference import ESTIMATORS
+from fusedbayes.reference import ESTIMATORS, Estimator
 
 Prior = tuple[float | Tensor, float | Tensor]
 
@@ -19,10 +19,10 @@ def seed_and_sample(
     return draw_seed(device) if seed is None else as_seed(seed, device), sample
 
 
-def check_estimator(estimator: str) -> None:
-    """Raises ValueError unless there is such an estimator."""
-    if estimator not in ESTIMATORS:
-        raise ValueError(f"estimator must be one of {', '.join(map(repr, ESTIMATORS))}, got {estimator!r}")
+def check_estimator(estimator: str, known: tuple[Estimator, ...] = ESTIMATORS) -> None:
+    """Raises ValueError unless the estimator is one of those that are known."""
+    if estimator not in known:
+        raise ValueError(f"estimator must be one of {', '.join(map(repr, known))}, got {estimator!r}")
 
 
 def check_samples(num_samples: int, x: Tensor, sample: int | Tensor | None, same_input: bool) -> None:

@@ -2,17 +2,21 @@
 
 import fnmatch
 import sys
-from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from collections.abc import Callable, Collection, Iterable
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 from fusedbayes import reference
+from fusedbayes.arguments import check_estimator
 from fusedbayes.checks import check_module, check_number, describe
-from fusedbayes.nn.linear import BayesLinear
-from fusedbayes.nn.module import BayesModule, variational_parameters
+from fusedbayes.diagnostics import Report
+from fusedbayes.nn import LAYERS
+from fusedbayes.nn.module import BayesModule
+from fusedbayes.nn.traverse import qualified_name, variational_parameters
 from fusedbayes.reference import Estimator
 
 Where = Callable[[str, nn.Module], bool] | str | type[nn.Module] | Iterable[str | type[nn.Module]]
@@ -25,6 +29,20 @@ _SHORTCUTS: dict[type[nn.Module], tuple[str, Any]] = {
 }
 
 
+class ConversionRow(NamedTuple):
+    """One module in the report of `to_bayesian`, which names each that holds parameters of its own.
+
+    Attributes:
+        name: qualified name; the root's is "".
+        module: name of its class before.
+        outcome: name of the Bayesian class that it became, or why it was left alone.
+    """
+
+    name: str
+    module: str
+    outcome: str
+
+
 def to_bayesian(
     model: nn.Module,
     *,
@@ -35,38 +53,44 @@ def to_bayesian(
     init: Literal["mean", "moped"] = "mean",
     delta: float | None = None,
     estimator: Estimator = "shared",
-) -> nn.Module:
-    """Makes every `torch.nn.Linear` of `model` a `BayesLinear`, in place.
+    return_report: bool = False,
+) -> Any:
+    """Makes every layer of `model` that has a Bayesian counterpart Bayesian, in place.
 
     The module objects stay and change their class, so that names, training mode, hooks, extra attributes and whoever
     holds them stay too. The weight and bias *are* the new ``weight_mu`` and ``bias_mu``, the same Parameter objects:
     values, dtype, device, requires_grad and tied weights stay as they are. An optimizer made before goes on training
-    the means, but knows nothing of rho: make it afterwards. Linears that share a weight share its sigma and prior and
+    the means, but knows nothing of rho: make it afterwards. Layers that share a weight share its sigma and prior and
     are charged once.
 
-    Subclasses of nn.Linear are left alone, because their forward may differ; that includes the output projection of
-    nn.MultiheadAttention, which therefore stays deterministic. Convert a whole nn.TransformerEncoder, not its layers:
-    its inference shortcut, which reads weights without calling the layers, can be switched off from above only.
+    What cannot be converted is left alone and named in the report: a class without a counterpart, a subclass of one
+    that has, because its forward may differ, and a layer that is lazy, reparametrised or patched.
+
+    Convert a whole nn.TransformerEncoder, not its layers: its inference shortcut, which reads weights without calling
+    the layers, can be switched off from above only.
 
     Args:
         model: any module, an nn.Linear too. It is changed and returned.
         where: which layers; None (default) all. A callable ``(name, module) -> bool``, a name or glob pattern of
             qualified names ("encoder.*"), a class, or several patterns and classes. The root's name is "".
-        prior_mu, prior_sigma, sigma_init, estimator: as for `BayesLinear`.
+        prior_mu, prior_sigma, sigma_init, estimator: as for the layers, see `fusedbayes.nn.BayesModule`. A layer that
+            does not know the estimator keeps "shared".
         init: "mean" (default): prior and sigma from the arguments. "moped": the prior means become a copy of the
             weights, and sigma = delta * |w| (Krishnan, Subedar and Tickoo, "Specifying weight priors in Bayesian deep
             neural networks with empirical Bayes", AAAI 2020); for a network that is trained already.
         delta: for "moped", the ratio sigma / |w| (None means 0.1). Sigma is at least 1e-6, so that it can still be
             learnt where a weight is exactly 0.
+        return_report: whether to return the report too (default False).
 
     Returns:
-        `model`.
+        `model`; or with the report ``(model, report)``, a `ConversionRow` for each module that holds parameters:
+        ``print(report)`` shows a table.
 
     Raises:
         TypeError: `model` is not a module, or an argument is of the wrong type.
-        ValueError: an argument is out of range; nothing matches; a matching layer is lazy, reparametrised or patched;
-            the model is distributed already (DistributedDataParallel, FSDP), which would not see rho; or "moped" is
-            combined with prior_mu or sigma_init. The model is unchanged then.
+        ValueError: an argument is out of range; nothing can be converted; a layer that `where` picks is lazy,
+            reparametrised or patched; the model is distributed already (DistributedDataParallel, FSDP), which would not
+            see rho; or "moped" is combined with prior_mu or sigma_init. The model is unchanged then.
     """
     if init not in ("mean", "moped"):
         raise ValueError(f"init must be 'mean' or 'moped', got {init!r}")
@@ -76,39 +100,54 @@ def to_bayesian(
             raise ValueError("init='moped' sets prior_mu and sigma from the weights: leave prior_mu and sigma_init out")
     elif delta is not None:
         raise ValueError(f"delta is for init='moped', got delta={delta} with init={init!r}")
-    options = {"prior_mu": prior_mu, "prior_sigma": prior_sigma, "sigma_init": sigma_init, "estimator": estimator}
+    check_estimator(estimator)
+    options: dict[str, Any] = {"prior_mu": prior_mu, "prior_sigma": prior_sigma, "sigma_init": sigma_init}
     # Everything that can fail happens before the first change.
+    counterparts = {layer.replaces: layer for layer in LAYERS}
+    names, refusals = _select(model, counterparts, where)
+    if init == "moped" and any(t.is_meta for module in names for t in module._parameters.values() if t is not None):
+        raise ValueError("init='moped' needs the values of the weights, but some are on the meta device")
+    converted = {name: counterparts[type(module)].__name__ for module, name in names.items()}
+    report = _report(model, converted, refusals)
     sources = {id(p.value.mu): (p.layer, p.name) for p in variational_parameters(model)}
     twins: dict[nn.Module, nn.Module] = {}
-    for linear in _select(model, nn.Linear, where):
-        if init == "moped" and linear.weight.is_meta:
-            raise ValueError("init='moped' needs the values of the weights, but some are on the meta device")
-        with torch.inference_mode(False):  # an inference tensor could not be trained
-            twins[linear] = _bayesian_linear(linear, options, delta, sources)
-    return _convert(model, twins)
+    with torch.inference_mode(False):  # an inference tensor could not be trained
+        for module in names:
+            layer = counterparts[type(module)]
+            known = estimator if estimator in layer.estimators else "shared"
+            twins[module] = _initialised(layer.of(module, **options, estimator=known), delta, sources)
+    _convert(model, twins)
+    return (model, report) if return_report else model
 
 
 def to_deterministic(model: nn.Module) -> nn.Module:
-    """Makes every `BayesLinear` of `model` an `nn.Linear` that computes with its means, in place.
+    """Makes every Bayesian layer of `model` what it replaces, computing with its means, in place.
 
     The inverse of `to_bayesian`: ``weight_mu`` and ``bias_mu`` become the weight and bias, the same Parameter objects.
 
     Args:
-        model: any module, a BayesLinear too. It is changed and returned.
+        model: any module, a Bayesian layer too. It is changed and returned.
 
     Returns:
         `model`.
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: there is no BayesLinear; one holds tensors of its own or is held by `frozen_sample` or `mean_mode`;
-            or the model is distributed already. The model is unchanged then.
+        ValueError: there is no Bayesian layer; one holds tensors of its own or is held by `frozen_sample` or
+            `mean_mode`; or the model is distributed already. The model is unchanged then.
     """
-    return _convert(model, {layer: _linear(layer) for layer in _select(model, BayesLinear, None)})
+    layers, _ = _select(model, LAYERS, None, every=True)
+    return _convert(model, {layer: layer.deterministic() for layer in layers})
 
 
-def _select(model: nn.Module, kind: type[nn.Module], where: Where | None) -> list[Any]:
-    """The modules of the class `kind` that `where` picks; ValueError unless each can be converted."""
+def _select(
+    model: nn.Module, kinds: Collection[type[nn.Module]], where: Where | None, every: bool = False
+) -> tuple[dict[Any, str], dict[str, str]]:
+    """The modules of the classes `kinds` that `where` picks, by name; and why others that it picks cannot be converted.
+
+    Raises:
+        ValueError: there are none; or one that is asked for by name or class, or `every` one, cannot be converted.
+    """
     check_module(model)
     wrappers = _distributed_wrappers()
     for module in model.modules():
@@ -118,16 +157,42 @@ def _select(model: nn.Module, kind: type[nn.Module], where: Where | None) -> lis
     picks = _predicate(where)
     # Under each of its names: `where` may pick a shared module by any.
     named = model.named_modules(remove_duplicate=False)
-    candidates = {name: module for name, module in named if _is_of_class(module, kind)}
-    chosen = {name: module for name, module in candidates.items() if picks(name, module)}
-    fresh = kind(1, 1, device="meta")
-    for name, module in chosen.items():
-        _check_convertible(name, module, {*fresh._parameters, *fresh._buffers})
+    candidates = {name: module for name, module in named if _class_of(module) in kinds}
+    chosen: dict[Any, str] = {}
+    refusals: dict[str, str] = {}
+    for name, module in candidates.items():
+        if not picks(name, module):
+            continue
+        reason = _refusal(module)
+        if reason is None:
+            chosen.setdefault(module, name)
+        elif where is not None or every:
+            raise ValueError(f"{name!r} {reason}")
+        else:
+            refusals[name] = reason
     if not chosen:
         names = ", ".join(map(repr, list(candidates)[:8])) or "none"
         more = f" and {len(candidates) - 8} more" if len(candidates) > 8 else ""
-        raise ValueError(f"where={where!r} picks no {kind.__name__} to convert; the model has: {names}{more}")
-    return list(dict.fromkeys(chosen.values()))
+        kind = "Bayesian layer" if every else "layer"
+        reasons = "".join(f"; {name!r} {reason}" for name, reason in refusals.items())
+        raise ValueError(f"where={where!r} picks no {kind} to convert; the model has: {names}{more}{reasons}")
+    return chosen, refusals
+
+
+def _report(model: nn.Module, converted: dict[str, str], refusals: dict[str, str]) -> Report[ConversionRow]:
+    """A row for each deterministic module with parameters of its own."""
+
+    def outcome(name: str, module: nn.Module) -> str:
+        if name in converted:
+            return converted[name]
+        known = _class_of(module) in {layer.replaces for layer in LAYERS}
+        return "left alone: " + refusals.get(name, "not picked" if known else "has no Bayesian counterpart")
+
+    return Report(
+        ConversionRow(qualified_name(name), type(module).__name__, outcome(name, module))
+        for name, module in model.named_modules()
+        if any(p is not None for p in module._parameters.values()) and not isinstance(module, BayesModule)
+    )
 
 
 def _distributed_wrappers() -> tuple[type, ...]:
@@ -137,30 +202,35 @@ def _distributed_wrappers() -> tuple[type, ...]:
     return nn.parallel.DistributedDataParallel, *sharded
 
 
-def _is_of_class(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether `module` is a `kind` and no subclass; a lazy or parametrized one counts, and is refused later."""
-    if kind is nn.Linear and isinstance(module, nn.LazyLinear):
-        return True
-    return (type(module).__bases__ if parametrize.is_parametrized(module) else (type(module),)) == (kind,)
+def _class_of(module: nn.Module) -> type[nn.Module]:
+    """Its class; of a lazy or a parametrized one, which is refused later, the class that it stands for."""
+    kind: Any = type(module)
+    if isinstance(module, LazyModuleMixin) and kind.cls_to_become is not None:
+        kind = kind.cls_to_become
+    return kind.__bases__[0] if parametrize.is_parametrized(module) else kind
 
 
-def _check_convertible(name: str, module: Any, expected: set[str]) -> None:
-    """Raises ValueError unless `module` is what its class says: the `expected` tensors and the class's forward."""
-    if isinstance(module, nn.LazyLinear):
-        raise ValueError(f"{name!r} is an nn.LazyLinear without weights yet: run one forward before converting")
+def _refusal(module: Any) -> str | None:
+    """Why `module` cannot be converted, if it is not what its class says: that class's tensors and its forward."""
+    if isinstance(module, LazyModuleMixin):
+        return f"is an nn.{type(module).__name__} without weights yet: run one forward before converting"
     if "forward" in vars(module):
-        raise ValueError(f"{name!r} has a forward of its own, which a converted layer would not compute")
+        return "has a forward of its own, which a converted layer would not compute"
+    if isinstance(module, BayesModule):
+        parts = ("mu", "rho", "prior_mu", "prior_sigma")
+        expected = {f"{name}_{part}" for name in module.random_tensors for part in parts}
+    else:
+        expected = {*{layer.replaces: layer for layer in LAYERS}[_class_of(module)].tensors_of(module)}
     held = {*module._parameters, *module._buffers}
     if held != expected:
         # torch.nn.utils.weight_norm, pruning and parametrizations compute the weight from other tensors.
-        raise ValueError(
-            f"{name!r} must hold {sorted(expected)} and no other tensors, got {sorted(held)}: "
-            "remove reparametrisations first"
-        )
-    if isinstance(module, nn.Linear) and not module.weight.is_floating_point():
-        raise ValueError(f"{name!r} must have floating-point weights, got dtype {module.weight.dtype}")
-    if isinstance(module, BayesLinear) and module.is_held:
-        raise ValueError(f"{name!r} cannot be converted inside frozen_sample or mean_mode")
+        return f"must hold {sorted(expected)} and no other tensors, got {sorted(held)}: remove reparametrisations first"
+    for tensor in module._parameters.values():
+        if tensor is not None and not tensor.is_floating_point():
+            return f"must have floating-point weights, got dtype {tensor.dtype}"
+    if isinstance(module, BayesModule) and module.is_held:
+        return "cannot be converted inside frozen_sample or mean_mode"
+    return None
 
 
 def _predicate(where: Where | None) -> Callable[[str, nn.Module], bool]:
@@ -183,33 +253,19 @@ def _predicate(where: Where | None) -> Callable[[str, nn.Module], bool]:
     )
 
 
-def _bayesian_linear(
-    linear: nn.Linear, options: dict[str, Any], delta: float | None, sources: dict[int, tuple[BayesModule, str]]
-) -> BayesLinear:
-    """The layer that takes `linear`'s place; `sources` finds the random tensor that was made of a mean before."""
-    # On the meta device: the means are there already, the rest is filled in below.
-    layer = BayesLinear(linear.in_features, linear.out_features, linear.bias is not None, **options, device="meta")
-    for name, mean in (("weight", linear.weight), ("bias", linear.bias)):
-        if mean is None:
-            continue
+def _initialised(layer: BayesModule, delta: float | None, sources: dict[int, tuple[BayesModule, str]]) -> BayesModule:
+    """The layer with the sigma and prior that it is to have; `sources` finds what was made of a mean before."""
+    for name in layer.names():
+        mean, _ = layer.posterior(name)
         first, first_name = sources.setdefault(id(mean), (layer, name))
-        setattr(layer, f"{name}_mu", mean)
         if first is not layer:
             for part in ("rho", "prior_mu", "prior_sigma"):
                 setattr(layer, f"{name}_{part}", getattr(first, f"{first_name}_{part}"))
-            continue
-        layer.set_prior(layer.prior_mu if delta is None else mean, layer.prior_sigma, name)
-        values = mean.detach().to(reference.compute_dtype(mean))
-        sigma = torch.full_like(values, layer.sigma_init) if delta is None else (delta * values.abs()).clamp(min=1e-6)
-        setattr(layer, f"{name}_rho", nn.Parameter(reference.rho_from_sigma(sigma).to(mean.dtype), mean.requires_grad))
+        elif delta is not None:
+            values = mean.detach().to(reference.compute_dtype(mean))
+            layer.set_prior(mean, layer.prior_sigma, name)
+            layer.set_sigma((delta * values.abs()).clamp(min=1e-6), name)
     return layer
-
-
-def _linear(layer: BayesLinear) -> nn.Linear:
-    linear = nn.Linear(layer.in_features, layer.out_features, layer.bias_mu is not None, device="meta")
-    linear.register_parameter("weight", layer.weight_mu)
-    linear.register_parameter("bias", layer.bias_mu)
-    return linear
 
 
 def _convert(model: nn.Module, twins: dict[nn.Module, nn.Module]) -> nn.Module:
@@ -218,13 +274,12 @@ def _convert(model: nn.Module, twins: dict[nn.Module, nn.Module]) -> nn.Module:
     The object itself changes its class, as torch's lazy and parametrized modules do: whoever holds it, a list, an
     optimizer's closure or a compiled wrapper, holds the converted layer.
     """
-    # All modules are of one class, and so are all twins.
-    old, new = map(type, next(iter(twins.items())))
-    dropped, kept = _constructed(old), {"_parameters", "_buffers", *_constructed(new)}
+    own = BayesModule.own_attributes
     for module, twin in twins.items():
-        for attribute in dropped:
+        for attribute in own:
             vars(module).pop(attribute, None)
-        module.__class__ = new
+        module.__class__ = type(twin)
+        kept = {"_parameters", "_buffers", *own}
         vars(module).update({key: value for key, value in vars(twin).items() if key in kept})
     for parent in model.modules():
         for kind, (attribute, off) in _SHORTCUTS.items():
@@ -233,14 +288,9 @@ def _convert(model: nn.Module, twins: dict[nn.Module, nn.Module]) -> nn.Module:
     return model
 
 
-def _constructed(kind: type[nn.Module]) -> set[str]:
-    """The attributes that the constructor of `kind` sets beyond those of every module."""
-    return set(vars(kind(1, 1, device="meta"))) - set(vars(nn.Module()))
-
-
 def _set_shortcut(module: nn.Module, attribute: str, off: Any) -> None:
     kept = f"_{attribute}_before_fusedbayes"
-    if any(isinstance(child, BayesLinear) for child in module.modules()):
+    if any(isinstance(child, BayesModule) for child in module.modules()):
         vars(module).setdefault(kept, getattr(module, attribute))
         setattr(module, attribute, off)
     elif kept in vars(module):

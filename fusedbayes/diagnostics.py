@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fusedbayes import reference
 from fusedbayes.checks import check_module, describe
-from fusedbayes.nn.module import qualified_name, variational_parameters
+from fusedbayes.nn.traverse import qualified_name, variational_parameters
 
 
 class KLRow(NamedTuple):
@@ -48,7 +48,7 @@ class GradientRow(NamedTuple):
     ratio: float
 
 
-Row = TypeVar("Row", KLRow, GradientRow)
+Row = TypeVar("Row", bound=NamedTuple)
 
 
 class Report(tuple[Row, ...], Generic[Row]):

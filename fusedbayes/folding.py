@@ -12,7 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fusedbayes.checks import check_count
-from fusedbayes.nn.module import BayesModule, Fold, Repeated
+from fusedbayes.nn.context import Fold, Repeated
+from fusedbayes.nn.module import BayesModule
 
 # Numbers that a folded input has at most by default, so that folding a large batch does not take the memory of all its
 # samples at once. A large batch gains little: reading the weights is what samples share.

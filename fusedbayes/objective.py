@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from fusedbayes import folding
 from fusedbayes.checks import check_count, check_non_negative, describe
-from fusedbayes.nn.module import BayesModule, FusedKL, bayes_modules, variational_parameters
+from fusedbayes.nn.context import FusedKL
+from fusedbayes.nn.module import BayesModule
+from fusedbayes.nn.traverse import bayes_modules, variational_parameters
 from fusedbayes.reference import compute_dtype
 from fusedbayes.schedules import Schedule
 

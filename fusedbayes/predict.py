@@ -13,18 +13,12 @@ from torch import Tensor, nn
 from fusedbayes import folding
 from fusedbayes.arguments import check_estimator
 from fusedbayes.checks import check_count, check_non_negative, describe
-from fusedbayes.nn.module import (
-    BayesModule,
-    FrozenNoise,
-    MeanWeights,
-    VariationalParameter,
-    bayes_modules,
-    variational_parameters,
-)
-from fusedbayes.noise import Address, Role, as_sample, as_seed, draw_seed
+from fusedbayes.nn.context import FrozenNoise, MeanWeights
+from fusedbayes.nn.module import BayesModule
+from fusedbayes.nn.traverse import VariationalParameter, bayes_modules, variational_parameters
+from fusedbayes.noise import Address, as_sample, as_seed, draw_seed
 from fusedbayes.reference import Estimator, compute_dtype
 
-_ROLES = {"weight": Role.WEIGHT, "bias": Role.BIAS}
 # Layers are numbered below 2^28, so that a stream, 8 * layer + role, is a non-negative int32.
 _LAYERS = 2**28
 
@@ -275,23 +269,31 @@ def _frozen(
 def _addresses(model: nn.Module) -> dict[BayesModule, dict[str, Address]]:
     """Where the noise of each Bayesian layer's random tensors lies; tied ones share the first owner's.
 
-    A layer's number, below 2^28, is its name's hash, or the next free one where two names collide.
+    A number, below 2^28, is the hash of a name, or the next free one where two collide.
     """
-    numbers: dict[BayesModule, int] = {}
     taken: set[int] = set()
-    for name, layer in bayes_modules(model):
+
+    def number(name: str) -> int:
         number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % _LAYERS
         while number in taken:
             number = (number + 1) % _LAYERS
         taken.add(number)
-        numbers[layer] = number
-    if not numbers:
+        return number
+
+    own: dict[tuple[BayesModule, str], Address] = {}
+    for layer_name, layer in bayes_modules(model):
+        # Two streams to a number, a weight's and its bias's; a layer with more tensors has more numbers.
+        numbers: dict[int, int] = {}
+        for name, (stream, *_) in layer.addresses.items():
+            pair, role = divmod(stream, 8)
+            if pair not in numbers:
+                numbers[pair] = number(layer_name if pair == 0 else f"{layer_name}.{name}")
+            own[layer, name] = Address(8 * numbers[pair] + role)
+    if not own:
         raise ValueError("model has no Bayesian layer to draw: convert it with fusedbayes.to_bayesian")
-    owners = {parameter.key: numbers[parameter.layer] for parameter in variational_parameters(model)}
-    return {
-        layer: {
-            name: Address(8 * owners[VariationalParameter("", layer, name).key] + _ROLES[name])
-            for name in layer.names()
-        }
-        for layer in numbers
-    }
+    owners = {parameter.key: own[parameter.layer, parameter.name] for parameter in variational_parameters(model)}
+    addresses: dict[BayesModule, dict[str, Address]] = {}
+    for layer, name in own:
+        owner = owners.get(VariationalParameter("", layer, name).key, own[layer, name])
+        addresses.setdefault(layer, {})[name] = owner
+    return addresses

@@ -43,15 +43,18 @@ def own_forward() -> nn.Linear:
     ids=["lazy", "old_weight_norm", "weight_norm", "pruned", "own_forward", "complex"],
 )
 def test_layers_that_cannot_be_converted(odd: Callable[[], nn.Module]) -> None:
-    """A layer whose weight or forward is computed elsewhere is an error that names it, not a silent exception."""
+    """A layer whose weight or forward is computed elsewhere is left alone and named; asked for, it is an error."""
     model = nn.Sequential(nn.Linear(5, 4), odd())
     before = fingerprint(model)
     with pytest.raises(ValueError, match="'1'"):
-        to_bayesian(model)
+        to_bayesian(model, where=["0", "1"])
     assert fingerprint(model) == before
-    to_bayesian(model, where="0")  # the others can be converted, and back
+    _, report = to_bayesian(model, return_report=True)  # the others are converted, and back
+    assert report[0] == ("0", "Linear", "BayesLinear")
+    assert report[1].name == "1"
+    assert report[1].outcome.startswith("left alone: ")
     to_deterministic(model)
-    assert type(model[0]) is nn.Linear
+    assert fingerprint(model) == before
 
 
 @pytest.mark.parametrize(
@@ -60,7 +63,7 @@ def test_layers_that_cannot_be_converted(odd: Callable[[], nn.Module]) -> None:
 def test_where_without_a_match_lists_the_names(where: Any) -> None:
     model = network()
     before = fingerprint(model)
-    with pytest.raises(ValueError, match=r"picks no .*Linear.*'0', '2\.0', '2\.1'"):
+    with pytest.raises(ValueError, match=r"picks no layer to convert; .*'0', '2\.0', '2\.1'"):
         to_bayesian(model, where=where)
     assert fingerprint(model) == before
 
@@ -100,7 +103,7 @@ def test_moped_without_values() -> None:
 def test_nothing_to_convert(convert: Callable[[Any], nn.Module]) -> None:
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got dict"):
         convert({})
-    with pytest.raises(ValueError, match="Linear to convert"):
+    with pytest.raises(ValueError, match=r"picks no .*layer to convert"):
         convert(nn.ReLU())
 
 

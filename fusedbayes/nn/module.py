@@ -1,119 +1,59 @@
-"""What every Bayesian layer shares: parameters and priors by name, the KL, and where the noise comes from."""
+"""What every Bayesian layer shares: random tensors and their priors, initialisation, the KL, where noise comes from."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+import math
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from fusedbayes import functional
-from fusedbayes.checks import check_module, check_number, describe
-from fusedbayes.noise import Address
-from fusedbayes.reference import Estimator, GaussianParameter
+from fusedbayes import functional, reference
+from fusedbayes.arguments import check_estimator
+from fusedbayes.checks import check_number, describe
+from fusedbayes.nn.context import Draw, Fold, FrozenNoise, FusedKL, MeanWeights
+from fusedbayes.noise import Address, draw_seed
+from fusedbayes.reference import ESTIMATORS, Estimator, GaussianParameter
 
-# Wrappers that put their own name into the path of every module below them.
-_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+Layer = TypeVar("Layer", bound="BayesModule")
 
-
-@dataclass(frozen=True)
-class FrozenNoise:
-    """The noise of one function draw, as a layer sees it; set by `fusedbayes.frozen_sample`.
-
-    Attributes:
-        seed, sample: 0-d int64 tensors on the layer's device.
-        addresses: of each of the layer's random tensors, by name.
-        estimator: in place of the layer's own, if not None.
-        each_sample: whether the Monte Carlo samples of one batch have draws of their own, from `sample` on.
-    """
-
-    seed: Tensor
-    sample: Tensor
-    addresses: dict[str, Address]
-    estimator: Estimator | None = None
-    each_sample: bool = False
-
-
-class MeanWeights:
-    """Stands in for noise while `fusedbayes.mean_mode` is on: every weight is its posterior mean."""
-
-
-class Repeated(NamedTuple):
-    """A batch, and its repetition for several Monte Carlo samples, with their versions then."""
-
-    tensor: Tensor
-    batch: Tensor
-    versions: tuple[int, int]
-
-    def is_(self, input: Tensor) -> bool:
-        """Whether `input` is the very repetition, and neither was written to since."""
-        return input is self.tensor and self.versions == (self.tensor._version, self.batch._version)
-
-
-class Fold(NamedTuple):
-    """What the inputs of a model's layers hold; set by `fusedbayes.folding`.
-
-    Attributes:
-        num_samples, batch: so many batches of so many rows along dimension 0, or whole multiples of these rows.
-        repeated: the model's own input, if it is a tensor.
-    """
-
-    num_samples: int
-    batch: int
-    repeated: Repeated | None = None
-
-    def holds(self, rows: int) -> bool:
-        """Whether so many rows are its batches, or whole multiples of their rows."""
-        return rows % (self.num_samples * self.batch or 1) == 0
-
-
-class FusedKL(NamedTuple):
-    """The KL that a forward gave, and the parameters it was given for.
-
-    Attributes:
-        kl: 0-d.
-        parameters: mu and rho of each random tensor, as the forward saw them.
-        requires_grad: of each of them, then.
-    """
-
-    kl: Tensor
-    parameters: tuple[Tensor, ...]
-    requires_grad: tuple[bool, ...]
-
-
-class VariationalParameter(NamedTuple):
-    """One random tensor of a model: the layer's qualified name, the layer, and the tensor's name in it."""
-
-    layer_name: str
-    layer: "BayesModule"
-    name: str
-
-    @property
-    def value(self) -> GaussianParameter:
-        """mu, rho and the prior."""
-        return self.layer.gaussian(self.name)
-
-    @property
-    def key(self) -> tuple[object, object]:
-        """What makes it the same random tensor wherever it is held: its mu and its rho.
-
-        A parametrized one is computed anew at each access and so has no identity but its place.
-        """
-        held = self.layer._parameters
-        mu, rho = f"{self.name}_mu", f"{self.name}_rho"
-        return (id(held[mu]), id(held[rho])) if mu in held and rho in held else (id(self.layer), self.name)
+# What every module has, whatever its class.
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 class BayesModule(nn.Module):
-    """Base class of the Bayesian layers.
+    """Base class of the Bayesian layers: a module of the class `replaces` whose parameters are random.
 
     A random tensor `name` has the parameters ``{name}_mu`` and ``{name}_rho``, sigma = softplus(rho), and the prior in
     the buffers ``{name}_prior_mu`` and ``{name}_prior_sigma``: 0-d for a scalar prior, else of the tensor's shape. All
     four are in the state_dict. The layer samples in training and evaluation mode alike; `fusedbayes.frozen_sample` and
-    `fusedbayes.mean_mode` change that for a while.
+    `fusedbayes.mean_mode` change that for a while. The KL costs nothing unless it is asked for (`fusedbayes.kl_loss`,
+    `fusedbayes.ELBO`).
+
+    Args:
+        *args, **kwargs: those of the class that is replaced.
+        prior_mu: mean of the prior of every random tensor (default 0).
+        prior_sigma: its standard deviation; None (default) means 1 / sqrt(fan_in), so that the outputs of a layer keep
+            their scale under the prior however wide it is.
+        sigma_init: initial standard deviation of the posterior; None (default) means 0.1 / sqrt(fan_in).
+        estimator: how the output is sampled, one of `estimators`. "shared" (default): one draw of the weights for the
+            whole batch. "local": each row's outputs from their own distribution, with less noise in the gradients.
+            "flipout": one draw, decorrelated between the rows. See docs/estimators.md. May be assigned later;
+            parameters and state_dict do not depend on it.
+
+    Attributes:
+        replaces: the deterministic class.
+        estimators: those that the layer knows; where `fusedbayes.predict` asks for another, it draws "shared".
+        random_tensors: names of the parameters of `replaces`, all random here.
+        fan_in: number of inputs that an output adds up.
+        addresses: of the random tensors' noise in a layer by itself.
+
+    Raises:
+        TypeError: a scale is not a number, or dtype not floating-point; and what the replaced class raises.
+        ValueError: a standard deviation or the estimator is out of its range; and what the replaced class raises.
     """
 
-    random_tensors: ClassVar[tuple[str, ...]] = ()
+    replaces: ClassVar[type[nn.Module]]
+    estimators: ClassVar[tuple[Estimator, ...]] = ESTIMATORS
+    random_tensors: tuple[str, ...] = ("weight", "bias")
 
     # Set for a while by the context managers of `fusedbayes.predict` and `fusedbayes.objective`; neither copied nor
     # saved. In the instance's __dict__ from the start: torch.compile guards on what is there. What changes at each step
@@ -130,15 +70,172 @@ class BayesModule(nn.Module):
         "_kl_wanted": False,
         "_kl_of_forward": None,
     }
+    # What a Bayesian layer has beyond the attributes of the class that it replaces.
+    own_attributes: ClassVar[frozenset[str]] = frozenset(
+        {*_TRANSIENT, "prior_mu", "prior_sigma", "sigma_init", "_estimator", "random_tensors", "addresses"}
+    )
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        *args: Any,
+        prior_mu: float = 0.0,
+        prior_sigma: float | None = None,
+        sigma_init: float | None = None,
+        estimator: Estimator = "shared",
+        **kwargs: Any,
+    ) -> None:
+        dtype = kwargs.get("dtype")
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"dtype must be a floating-point torch.dtype, got {describe(dtype)}")
+        device = kwargs.pop("device", None)
+        device = torch.get_default_device() if device is None else device
+        # Nothing is drawn before everything is checked.
+        self._become(self.replaces(*args, device="meta", **kwargs), prior_mu, prior_sigma, sigma_init, estimator)
+        self.to_empty(device=device)
+        self.reset_parameters()
+
+    @classmethod
+    def of(
+        cls: type[Layer],
+        deterministic: nn.Module,
+        *,
+        prior_mu: float = 0.0,
+        prior_sigma: float | None = None,
+        sigma_init: float | None = None,
+        estimator: Estimator = "shared",
+    ) -> Layer:
+        """The Bayesian counterpart of a module of the class `replaces`, whose parameters *are* its means."""
+        layer = cls.__new__(cls)
+        layer._become(deterministic, prior_mu, prior_sigma, sigma_init, estimator)
+        return layer
+
+    def _become(
+        self,
+        deterministic: nn.Module,
+        prior_mu: float,
+        prior_sigma: float | None,
+        sigma_init: float | None,
+        estimator: Estimator,
+    ) -> None:
+        nn.Module.__init__(self)
         vars(self).update(self._TRANSIENT)
+        vars(self).update(configuration(deterministic))
+        scale = 1.0 / math.sqrt(self.fan_in)
+        self.prior_mu = check_number(prior_mu, "prior_mu")
+        self.prior_sigma = check_number(scale if prior_sigma is None else prior_sigma, "prior_sigma", positive=True)
+        self.sigma_init = check_number(0.1 * scale if sigma_init is None else sigma_init, "sigma_init", positive=True)
+        self.estimator = estimator
+        self.random_tensors = self.tensors_of(deterministic)
+        # Streams in pairs, a weight's and its bias's, as `fusedbayes.noise.Role` numbers them.
+        self.addresses = {name: Address(8 * (i // 2) + i % 2) for i, name in enumerate(self.random_tensors)}
+        for name in self.random_tensors:
+            mean = deterministic._parameters[name]
+            self.register_parameter(f"{name}_mu", mean)
+            rho = None if mean is None else nn.Parameter(torch.empty_like(mean), mean.requires_grad)
+            self.register_parameter(f"{name}_rho", rho)
+            for part in ("prior_mu", "prior_sigma"):
+                self.register_buffer(f"{name}_{part}", None if mean is None else mean.new_empty(()))
+        self._reset_sigmas_and_priors()
+
+    @classmethod
+    def tensors_of(cls, deterministic: nn.Module) -> tuple[str, ...]:
+        """The names of the parameters that a module of the class `replaces` has, None among them."""
+        return cls.random_tensors
+
+    @property
+    def fan_in(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def estimator(self) -> Estimator:
+        """How the output is sampled, one of `estimators`."""
+        return self._estimator
+
+    @estimator.setter
+    def estimator(self, value: Estimator) -> None:
+        check_estimator(value, self.estimators)
+        self._estimator = value
+
+    def deterministic(self) -> nn.Module:
+        """A module of the class `replaces` that computes with the means: its parameters are these, not copies."""
+        module = self.replaces.__new__(self.replaces)
+        nn.Module.__init__(module)
+        vars(module).update({k: v for k, v in configuration(self).items() if k not in self.own_attributes})
+        for name in self.random_tensors:
+            module.register_parameter(name, self._tensor(f"{name}_mu"))
+        return module.train(self.training)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws the means as the replaced class draws its parameters; sets sigma and priors to the constructor's."""
+        module: Any = self.deterministic()
+        module.reset_parameters()
+        self._reset_sigmas_and_priors()
+
+    @torch.no_grad()
+    def _reset_sigmas_and_priors(self) -> None:
+        for name in self.names():
+            self._fill_prior(name, self.prior_mu, self.prior_sigma)
+            self.set_sigma(self.sigma_init, name)
 
     @property
     def is_held(self) -> bool:
         """Whether `fusedbayes.frozen_sample` or `fusedbayes.mean_mode` decides at present what the layer draws."""
         return bool(self._noises)
+
+    def _draw(self, input: Tensor) -> Draw | None:
+        """What a forward of this input draws; None if every weight is its mean."""
+        noise = self._noises[-1] if self._noises else None
+        if isinstance(noise, MeanWeights):
+            return None
+        num_samples = self._samples_in(input)
+        if noise is None:
+            return Draw(None, None, self.addresses, self._estimator, num_samples)
+        estimator = noise.estimator or self._estimator
+        return Draw(
+            noise.seed,
+            noise.sample,
+            noise.addresses,
+            estimator if estimator in self.estimators else "shared",
+            num_samples if noise.each_sample else 1,  # else one function for all rows
+        )
+
+    def _sampled(self, draw: Draw, index: int = 0) -> dict[str, Tensor]:
+        """Every random tensor of the layer, drawn for the Monte Carlo sample of this index in the dtype of products.
+
+        Gives the KL too, in the same pass, where one is wanted.
+        """
+        with_kl, drawn, kls = self._charges(), {}, []
+        for name in self.names():
+            mu, rho = self.posterior(name)
+            drawn[name], kl = functional.sample_weight(
+                mu,
+                rho,
+                prior=self.prior(name) if with_kl else None,
+                seed=draw.seed,
+                sample=draw.sample_of(index),
+                address=draw.addresses[name],
+                dtype=product_dtype(mu),
+            )
+            kls += [] if kl is None else [kl]
+        if with_kl:
+            self._record_kl(torch.stack(kls).sum())
+        return drawn
+
+    def _seeded(self, draw: Draw) -> Draw:
+        """The same with a seed, which all tensors and samples of one forward share."""
+        if draw.seed is not None:
+            return draw
+        device = self.posterior(self.names()[0])[0].device
+        return draw._replace(seed=draw_seed(device))
+
+    def _charges(self) -> bool:
+        """Whether this forward is to give the KL."""
+        return self._kl_wanted and self._kl_of_forward is None
+
+    def _record_kl(self, kl: Tensor) -> None:
+        parameters = tuple(tensor for name in self.names() for tensor in self.posterior(name))
+        vars(self)["_kl_of_forward"] = FusedKL(kl, parameters, tuple(p.requires_grad for p in parameters))
 
     def _samples_in(self, input: Tensor) -> int:
         """For how many Monte Carlo samples the input of this forward holds rows."""
@@ -248,13 +345,19 @@ class BayesModule(nn.Module):
                 new = value.detach().to(like, copy=True) if isinstance(value, Tensor) else like.new_full((), value)
             setattr(self, f"{name}_{part}", new)
 
-    def _register_gaussian(self, name: str, shape: tuple[int, ...] | None, factory: dict[str, Any]) -> None:
-        """Declares a random tensor of `shape`, or its absence; its values are reset_parameters' business."""
-        for part in ("mu", "rho"):
-            value = None if shape is None else nn.Parameter(torch.empty(shape, **factory))
-            self.register_parameter(f"{name}_{part}", value)
-        for part in ("prior_mu", "prior_sigma"):
-            self.register_buffer(f"{name}_{part}", None if shape is None else torch.empty((), **factory))
+    @torch.no_grad()
+    def set_sigma(self, sigma: float | Tensor, name: str = "weight") -> None:
+        """Sets the posterior's standard deviation of one random tensor.
+
+        Args:
+            sigma: a number > 0, or a tensor of the parameter's shape.
+            name: of the random tensor (default "weight").
+        """
+        _, rho = self.posterior(name)
+        check_fits(sigma, "sigma_init", rho.dtype, 0.0)
+        if not isinstance(sigma, Tensor):
+            sigma = torch.full((), sigma, device=rho.device)
+        rho.copy_(reference.rho_from_sigma(sigma.to(reference.compute_dtype(rho))))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # A checkpoint may hold a scalar prior or one value per weight; the buffer takes the checkpoint's form.
@@ -270,13 +373,30 @@ class BayesModule(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **self._TRANSIENT}
 
+    def extra_repr(self) -> str:
+        own = f"{self._prior_repr()}, estimator={self.estimator!r}"
+        return ", ".join(filter(None, (self.deterministic().extra_repr(), own)))
+
     def _prior_repr(self) -> str:
-        """N(mu, sigma) of the weights' prior for extra_repr, or that it is given per weight."""
-        _, _, mu, sigma = self.gaussian("weight")
+        """N(mu, sigma) of the first random tensor's prior, or that it is given per weight."""
+        _, _, mu, sigma = self.gaussian(self.names()[0])
         if mu.is_meta:
             return "prior=meta"
         values = [f"{t.item():.4g}" if t.dim() == 0 else "per weight" for t in (mu, sigma)]
         return f"prior_mu={values[0]}, prior_sigma={values[1]}"
+
+
+def configuration(module: nn.Module) -> dict[str, Any]:
+    """The attributes of `module` that its class, or whoever else, added to those of every module."""
+    return {key: value for key, value in vars(module).items() if key not in _OF_EVERY_MODULE}
+
+
+def product_dtype(mu: Tensor) -> torch.dtype:
+    """The dtype in which products with a sample of `mu` are computed: autocast's, if it is on."""
+    kind = mu.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind) and mu.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return mu.dtype
 
 
 def check_fits(value: float | Tensor, name: str, dtype: torch.dtype, least: float) -> None:
@@ -284,29 +404,3 @@ def check_fits(value: float | Tensor, name: str, dtype: torch.dtype, least: floa
     most = torch.finfo(dtype).max
     if not isinstance(value, Tensor) and not least <= value <= most:
         raise ValueError(f"{name} must lie in [{least:.4g}, {most:.4g}] for {dtype}, got {value}")
-
-
-def qualified_name(path: str) -> str:
-    """A module's name without the names that wrappers such as torch.compile's put into its path."""
-    return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
-
-
-def bayes_modules(model: nn.Module) -> Iterator[tuple[str, BayesModule]]:
-    """Every distinct Bayesian layer of `model` with its qualified name, wrappers' names left out."""
-    check_module(model)
-    while list(model._modules) == ["module"] and not isinstance(model, BayesModule):
-        model = model.get_submodule("module")  # DistributedDataParallel, AveragedModel and the like
-    for path, module in model.named_modules():
-        if isinstance(module, BayesModule):
-            yield qualified_name(path), module
-
-
-def variational_parameters(model: nn.Module) -> Iterator[VariationalParameter]:
-    """Every distinct random tensor of `model` once, with the first layer that holds it; tied layers share theirs."""
-    seen = set()
-    for layer_name, layer in bayes_modules(model):
-        for name in layer.names():
-            parameter = VariationalParameter(layer_name, layer, name)
-            if parameter.key not in seen:
-                seen.add(parameter.key)
-                yield parameter

@@ -1,0 +1,62 @@
+"""Walks over a model: its Bayesian layers, and its random tensors, each once."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch import nn
+
+from fusedbayes.checks import check_module
+from fusedbayes.nn.module import BayesModule
+from fusedbayes.reference import GaussianParameter
+
+# Wrappers that put their own name into the path of every module below them.
+_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+
+
+class VariationalParameter(NamedTuple):
+    """One random tensor of a model: the layer's qualified name, the layer, and the tensor's name in it."""
+
+    layer_name: str
+    layer: "BayesModule"
+    name: str
+
+    @property
+    def value(self) -> GaussianParameter:
+        """mu, rho and the prior."""
+        return self.layer.gaussian(self.name)
+
+    @property
+    def key(self) -> tuple[object, object]:
+        """What makes it the same random tensor wherever it is held: its mu and its rho.
+
+        A parametrized one is computed anew at each access and so has no identity but its place.
+        """
+        held = self.layer._parameters
+        mu, rho = f"{self.name}_mu", f"{self.name}_rho"
+        return (id(held[mu]), id(held[rho])) if mu in held and rho in held else (id(self.layer), self.name)
+
+
+def qualified_name(path: str) -> str:
+    """A module's name without the names that wrappers such as torch.compile's put into its path."""
+    return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
+
+
+def bayes_modules(model: nn.Module) -> Iterator[tuple[str, BayesModule]]:
+    """Every distinct Bayesian layer of `model` with its qualified name, wrappers' names left out."""
+    check_module(model)
+    while list(model._modules) == ["module"] and not isinstance(model, BayesModule):
+        model = model.get_submodule("module")  # DistributedDataParallel, AveragedModel and the like
+    for path, module in model.named_modules():
+        if isinstance(module, BayesModule):
+            yield qualified_name(path), module
+
+
+def variational_parameters(model: nn.Module) -> Iterator[VariationalParameter]:
+    """Every distinct random tensor of `model` once, with the first layer that holds it; tied layers share theirs."""
+    seen = set()
+    for layer_name, layer in bayes_modules(model):
+        for name in layer.names():
+            parameter = VariationalParameter(layer_name, layer, name)
+            if parameter.key not in seen:
+                seen.add(parameter.key)
+                yield parameter
