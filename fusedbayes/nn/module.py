@@ -89,7 +89,7 @@ class BayesModule(nn.Module):
             raise TypeError(f"dtype must be a floating-point torch.dtype, got {describe(dtype)}")
         device = kwargs.pop("device", None)
         device = torch.get_default_device() if device is None else device
-        # Nothing is drawn before everything is checked.
+        # On meta first: nothing is drawn before everything is checked.
         self._become(self.replaces(*args, device="meta", **kwargs), prior_mu, prior_sigma, sigma_init, estimator)
         self.to_empty(device=device)
         self.reset_parameters()
@@ -107,6 +107,7 @@ class BayesModule(nn.Module):
         """The Bayesian counterpart of a module of the class `replaces`, whose parameters *are* its means."""
         layer = cls.__new__(cls)
         layer._become(deterministic, prior_mu, prior_sigma, sigma_init, estimator)
+        layer._reset_sigmas_and_priors()
         return layer
 
     def _become(
@@ -135,7 +136,6 @@ class BayesModule(nn.Module):
             self.register_parameter(f"{name}_rho", rho)
             for part in ("prior_mu", "prior_sigma"):
                 self.register_buffer(f"{name}_{part}", None if mean is None else mean.new_empty(()))
-        self._reset_sigmas_and_priors()
 
     @classmethod
     def tensors_of(cls, deterministic: nn.Module) -> tuple[str, ...]:
@@ -168,9 +168,9 @@ class BayesModule(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draws the means as the replaced class draws its parameters; sets sigma and priors to the constructor's."""
+        self._reset_sigmas_and_priors()
         module: Any = self.deterministic()
         module.reset_parameters()
-        self._reset_sigmas_and_priors()
 
     @torch.no_grad()
     def _reset_sigmas_and_priors(self) -> None:
