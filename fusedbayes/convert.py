@@ -104,15 +104,14 @@ def to_bayesian(
     options: dict[str, Any] = {"prior_mu": prior_mu, "prior_sigma": prior_sigma, "sigma_init": sigma_init}
     # Everything that can fail happens before the first change.
     counterparts = {layer.replaces: layer for layer in LAYERS}
-    names, refusals = _select(model, counterparts, where)
-    if init == "moped" and any(t.is_meta for module in names for t in module._parameters.values() if t is not None):
+    chosen, refusals = _select(model, counterparts, where)
+    if init == "moped" and any(t.is_meta for module in chosen for t in module._parameters.values() if t is not None):
         raise ValueError("init='moped' needs the values of the weights, but some are on the meta device")
-    converted = {name: counterparts[type(module)].__name__ for module, name in names.items()}
-    report = _report(model, converted, refusals)
+    report = _report(model, {module: counterparts[type(module)].__name__ for module in chosen}, refusals)
     sources = {id(p.value.mu): (p.layer, p.name) for p in variational_parameters(model)}
     twins: dict[nn.Module, nn.Module] = {}
     with torch.inference_mode(False):  # an inference tensor could not be trained
-        for module in names:
+        for module in chosen:
             layer = counterparts[type(module)]
             known = estimator if estimator in layer.estimators else "shared"
             twins[module] = _initialised(layer.of(module, **options, estimator=known), delta, sources)
@@ -142,8 +141,8 @@ def to_deterministic(model: nn.Module) -> nn.Module:
 
 def _select(
     model: nn.Module, kinds: Collection[type[nn.Module]], where: Where | None, every: bool = False
-) -> tuple[dict[Any, str], dict[str, str]]:
-    """The modules of the classes `kinds` that `where` picks, by name; and why others that it picks cannot be converted.
+) -> tuple[list[Any], dict[nn.Module, str]]:
+    """The modules of the classes `kinds` that `where` picks, and why others that it picks cannot be converted.
 
     Raises:
         ValueError: there are none; or one that is asked for by name or class, or `every` one, cannot be converted.
@@ -158,40 +157,41 @@ def _select(
     # Under each of its names: `where` may pick a shared module by any.
     named = model.named_modules(remove_duplicate=False)
     candidates = {name: module for name, module in named if _class_of(module) in kinds}
-    chosen: dict[Any, str] = {}
-    refusals: dict[str, str] = {}
+    chosen: dict[nn.Module, None] = {}  # in order, each once
+    refusals: dict[nn.Module, str] = {}
     for name, module in candidates.items():
         if not picks(name, module):
             continue
         reason = _refusal(module)
         if reason is None:
-            chosen.setdefault(module, name)
+            chosen[module] = None
         elif where is not None or every:
             raise ValueError(f"{name!r} {reason}")
         else:
-            refusals[name] = reason
+            refusals[module] = reason
     if not chosen:
         names = ", ".join(map(repr, list(candidates)[:8])) or "none"
         more = f" and {len(candidates) - 8} more" if len(candidates) > 8 else ""
         kind = "Bayesian layer" if every else "layer"
-        reasons = "".join(f"; {name!r} {reason}" for name, reason in refusals.items())
+        reasons = "".join(f"; the {type(module).__name__} {reason}" for module, reason in refusals.items())
         raise ValueError(f"where={where!r} picks no {kind} to convert; the model has: {names}{more}{reasons}")
-    return chosen, refusals
+    return list(chosen), refusals
 
 
-def _report(model: nn.Module, converted: dict[str, str], refusals: dict[str, str]) -> Report[ConversionRow]:
-    """A row for each deterministic module with parameters of its own."""
+def _report(model: nn.Module, converted: dict[nn.Module, str], refusals: dict[nn.Module, str]) -> Report[ConversionRow]:
+    """A row for each deterministic module with parameters of its own, or that could not be converted."""
 
-    def outcome(name: str, module: nn.Module) -> str:
-        if name in converted:
-            return converted[name]
+    def outcome(module: nn.Module) -> str:
+        if module in converted:
+            return converted[module]
         known = _class_of(module) in {layer.replaces for layer in LAYERS}
-        return "left alone: " + refusals.get(name, "not picked" if known else "has no Bayesian counterpart")
+        return "left alone: " + refusals.get(module, "not picked" if known else "has no Bayesian counterpart")
 
     return Report(
-        ConversionRow(qualified_name(name), type(module).__name__, outcome(name, module))
+        ConversionRow(qualified_name(name), type(module).__name__, outcome(module))
         for name, module in model.named_modules()
-        if any(p is not None for p in module._parameters.values()) and not isinstance(module, BayesModule)
+        if module in refusals or any(p is not None for p in module._parameters.values())
+        if not isinstance(module, BayesModule)
     )
 
 

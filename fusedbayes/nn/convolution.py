@@ -78,8 +78,7 @@ class _BayesConvolution(BayesModule):
         zeta = noise.normal(*self._of_output(variance, draw, index, Role.LOCAL), dtype=dtype).view(variance.shape)
         return (mean.to(dtype) + reference.safe_sqrt(variance) * zeta).to(mean.dtype)
 
-    def _flipout(self, x: Tensor, draw: Draw, index: int, output_size: list[int] | None) -> Tensor:
-        ...
+    def _flipout(self, x: Tensor, draw: Draw, index: int, output_size: list[int] | None) -> Tensor: ...
 
 
 class BayesConv1d(_BayesConvolution):
