@@ -1,10 +1,35 @@
 """Bayesian layers: parameters, initialisation, priors and state."""
 
+from fusedbayes.nn.convolution import (
+    BayesConv1d,
+    BayesConv2d,
+    BayesConv3d,
+    BayesConvTranspose1d,
+    BayesConvTranspose2d,
+    BayesConvTranspose3d,
+)
 from fusedbayes.nn.linear import BayesLinear
 from fusedbayes.nn.module import BayesModule
 from fusedbayes.nn.traverse import VariationalParameter, bayes_modules, variational_parameters
 
 # Every layer: what `fusedbayes.to_bayesian` makes of the class that it replaces.
-LAYERS: tuple[type[BayesModule], ...] = (BayesLinear,)
+LAYERS: tuple[type[BayesModule], ...] = (
+    BayesLinear,
+    *(BayesConv1d, BayesConv2d, BayesConv3d),
+    *(BayesConvTranspose1d, BayesConvTranspose2d, BayesConvTranspose3d),
+)
 
-__all__ = ["LAYERS", "BayesLinear", "BayesModule", "VariationalParameter", "bayes_modules", "variational_parameters"]
+__all__ = [
+    "LAYERS",
+    "BayesConv1d",
+    "BayesConv2d",
+    "BayesConv3d",
+    "BayesConvTranspose1d",
+    "BayesConvTranspose2d",
+    "BayesConvTranspose3d",
+    "BayesLinear",
+    "BayesModule",
+    "VariationalParameter",
+    "bayes_modules",
+    "variational_parameters",
+]
