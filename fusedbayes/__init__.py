@@ -11,7 +11,10 @@ from fusedbayes.nn import (
     BayesConvTranspose1d,
     BayesConvTranspose2d,
     BayesConvTranspose3d,
+    BayesGRU,
     BayesLinear,
+    BayesLSTM,
+    BayesMultiheadAttention,
 )
 from fusedbayes.objective import ELBO, ElboOutput, kl_loss
 from fusedbayes.ops.backend import Backend, backend_info, use_reference
@@ -27,7 +30,10 @@ __all__ = [
     "BayesConvTranspose1d",
     "BayesConvTranspose2d",
     "BayesConvTranspose3d",
+    "BayesGRU",
+    "BayesLSTM",
     "BayesLinear",
+    "BayesMultiheadAttention",
     "ElboOutput",
     "Prediction",
     "__version__",

@@ -1,5 +1,6 @@
 """Bayesian layers: parameters, initialisation, priors and state."""
 
+from fusedbayes.nn.attention import BayesMultiheadAttention
 from fusedbayes.nn.convolution import (
     BayesConv1d,
     BayesConv2d,
@@ -10,6 +11,8 @@ from fusedbayes.nn.convolution import (
 )
 from fusedbayes.nn.linear import BayesLinear
 from fusedbayes.nn.module import BayesModule
+from fusedbayes.nn.random_tensor import RandomTensor
+from fusedbayes.nn.recurrent import BayesGRU, BayesLSTM
 from fusedbayes.nn.traverse import VariationalParameter, bayes_modules, variational_parameters
 
 # Every layer: what `fusedbayes.to_bayesian` makes of the class that it replaces.
@@ -17,6 +20,8 @@ LAYERS: tuple[type[BayesModule], ...] = (
     BayesLinear,
     *(BayesConv1d, BayesConv2d, BayesConv3d),
     *(BayesConvTranspose1d, BayesConvTranspose2d, BayesConvTranspose3d),
+    *(BayesLSTM, BayesGRU),
+    BayesMultiheadAttention,
 )
 
 __all__ = [
@@ -27,8 +32,12 @@ __all__ = [
     "BayesConvTranspose1d",
     "BayesConvTranspose2d",
     "BayesConvTranspose3d",
+    "BayesGRU",
+    "BayesLSTM",
     "BayesLinear",
     "BayesModule",
+    "BayesMultiheadAttention",
+    "RandomTensor",
     "VariationalParameter",
     "bayes_modules",
     "variational_parameters",
