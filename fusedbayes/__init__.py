@@ -11,6 +11,7 @@ from fusedbayes.nn import (
     BayesConvTranspose1d,
     BayesConvTranspose2d,
     BayesConvTranspose3d,
+    BayesEmbedding,
     BayesLinear,
 )
 from fusedbayes.objective import ELBO, ElboOutput, kl_loss
@@ -27,6 +28,7 @@ __all__ = [
     "BayesConvTranspose1d",
     "BayesConvTranspose2d",
     "BayesConvTranspose3d",
+    "BayesEmbedding",
     "BayesLinear",
     "ElboOutput",
     "Prediction",

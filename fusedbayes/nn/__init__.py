@@ -8,6 +8,7 @@ from fusedbayes.nn.convolution import (
     BayesConvTranspose2d,
     BayesConvTranspose3d,
 )
+from fusedbayes.nn.embedding import BayesEmbedding
 from fusedbayes.nn.linear import BayesLinear
 from fusedbayes.nn.module import BayesModule
 from fusedbayes.nn.traverse import VariationalParameter, bayes_modules, variational_parameters
@@ -17,6 +18,7 @@ LAYERS: tuple[type[BayesModule], ...] = (
     BayesLinear,
     *(BayesConv1d, BayesConv2d, BayesConv3d),
     *(BayesConvTranspose1d, BayesConvTranspose2d, BayesConvTranspose3d),
+    BayesEmbedding,
 )
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "BayesConvTranspose1d",
     "BayesConvTranspose2d",
     "BayesConvTranspose3d",
+    "BayesEmbedding",
     "BayesLinear",
     "BayesModule",
     "VariationalParameter",
