@@ -9,6 +9,7 @@ from fusedbayes.nn.convolution import (
     BayesConvTranspose2d,
     BayesConvTranspose3d,
 )
+from fusedbayes.nn.embedding import BayesEmbedding
 from fusedbayes.nn.linear import BayesLinear
 from fusedbayes.nn.module import BayesModule
 from fusedbayes.nn.random_tensor import RandomTensor
@@ -20,6 +21,7 @@ LAYERS: tuple[type[BayesModule], ...] = (
     BayesLinear,
     *(BayesConv1d, BayesConv2d, BayesConv3d),
     *(BayesConvTranspose1d, BayesConvTranspose2d, BayesConvTranspose3d),
+    BayesEmbedding,
     *(BayesLSTM, BayesGRU),
     BayesMultiheadAttention,
 )
@@ -32,6 +34,7 @@ __all__ = [
     "BayesConvTranspose1d",
     "BayesConvTranspose2d",
     "BayesConvTranspose3d",
+    "BayesEmbedding",
     "BayesGRU",
     "BayesLSTM",
     "BayesLinear",

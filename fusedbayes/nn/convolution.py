@@ -25,9 +25,9 @@ class _BayesConvolution(BayesModule):
     "local" draws each output from its own distribution, y = map(x; mu) + b_mu + sqrt(map(x^2; sigma^2) + sigma_b^2) *
     zeta (Kingma et al. 2015, equation 6), independently even of the outputs of the same example, which share weights.
 
-    "flipout" gives each example its own perturbation of the weights, y = map(x; mu) + map(x * r; sigma eps) * s + b with
-    a random sign for each channel of an example, r for the inputs and s for the outputs (Wen et al. 2018, equation 4):
-    all positions of an example see one draw of the weights, as under "shared".
+    "flipout" gives each example its own perturbation of the weights, y = map(x; mu) + map(x * r; sigma eps) * s + b,
+    with a random sign for each channel of an example, r for the inputs and s for the outputs (Wen et al. 2018, equation
+    4): all positions of an example see one draw of the weights, as under "shared".
     """
 
     in_channels: int

@@ -158,6 +158,11 @@ class BayesModule(nn.Module):
         raise NotImplementedError
 
     @property
+    def draws_all(self) -> bool:
+        """Whether every element of the random tensors is random."""
+        return True
+
+    @property
     def batched_dims(self) -> int:
         """Dimensions that an input has at least if the first of them is the batch."""
         return 2
@@ -276,8 +281,8 @@ class BayesModule(nn.Module):
         if not is_batch or not fold.holds(rows):
             raise ValueError(
                 f"the model runs {fold.num_samples} Monte Carlo samples of a batch of {fold.batch} as one along "
-                f"dimension 0, but {type(self).__name__} got {tuple(input.shape)}, which is no batch of a multiple of "
-                f"{fold.num_samples * fold.batch}: pass samples_at_once=1 to run them one by one"
+                f"dimension 0, but {type(self).__name__} got {tuple(input.shape)}, whose dimension 0 is no batch "
+                f"or no multiple of {fold.num_samples * fold.batch}: pass samples_at_once=1 to run them one by one"
             )
         return fold.num_samples
 
