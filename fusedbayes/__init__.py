@@ -16,6 +16,7 @@ from fusedbayes.nn import (
     BayesLinear,
     BayesLSTM,
     BayesMultiheadAttention,
+    BayesTransposedLinear,
 )
 from fusedbayes.objective import ELBO, ElboOutput, kl_loss
 from fusedbayes.ops.backend import Backend, backend_info, use_reference
@@ -36,6 +37,7 @@ __all__ = [
     "BayesLSTM",
     "BayesLinear",
     "BayesMultiheadAttention",
+    "BayesTransposedLinear",
     "ElboOutput",
     "Prediction",
     "__version__",

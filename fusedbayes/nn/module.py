@@ -96,9 +96,14 @@ class BayesModule(nn.Module):
         device = kwargs.pop("device", None)
         device = torch.get_default_device() if device is None else device
         # Nothing is drawn before everything is checked.
-        self._become(self.replaces(*args, device="meta", **kwargs), prior_mu, prior_sigma, sigma_init, estimator)
+        self._become(self._blank(*args, **kwargs), prior_mu, prior_sigma, sigma_init, estimator)
         self.to_empty(device=device)
         self.reset_parameters()
+
+    @classmethod
+    def _blank(cls, *args: Any, **kwargs: Any) -> nn.Module:
+        """A module of the class `replaces` with these arguments, on the meta device."""
+        return cls.replaces(*args, device="meta", **kwargs)
 
     @classmethod
     def of(
@@ -415,7 +420,10 @@ class BayesModule(nn.Module):
 
     def extra_repr(self) -> str:
         own = f"{self._prior_repr()}, estimator={self.estimator!r}"
-        return ", ".join(filter(None, (self.replaces.extra_repr(self), own)))
+        return ", ".join(filter(None, (self._arguments_repr(), own)))
+
+    def _arguments_repr(self) -> str:
+        return self.replaces.extra_repr(self)
 
     def _prior_repr(self) -> str:
         """N(mu, sigma) of the first random tensor's prior, or that it is given per weight."""
