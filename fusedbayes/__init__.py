@@ -4,7 +4,20 @@ from fusedbayes import functional, nn, noise, reference, schedules
 from fusedbayes.convert import to_bayesian, to_deterministic
 from fusedbayes.diagnostics import gradient_balance, kl_report
 from fusedbayes.functional import gaussian_kl
-from fusedbayes.nn import BayesLinear
+from fusedbayes.nn import (
+    BayesConv1d,
+    BayesConv2d,
+    BayesConv3d,
+    BayesConvTranspose1d,
+    BayesConvTranspose2d,
+    BayesConvTranspose3d,
+    BayesEmbedding,
+    BayesGRU,
+    BayesLinear,
+    BayesLSTM,
+    BayesMultiheadAttention,
+    BayesTransposedLinear,
+)
 from fusedbayes.objective import ELBO, ElboOutput, kl_loss
 from fusedbayes.ops.backend import Backend, backend_info, use_reference
 from fusedbayes.predict import Prediction, frozen_sample, mean_mode, predict
@@ -13,7 +26,18 @@ from fusedbayes.version import __version__
 __all__ = [
     "ELBO",
     "Backend",
+    "BayesConv1d",
+    "BayesConv2d",
+    "BayesConv3d",
+    "BayesConvTranspose1d",
+    "BayesConvTranspose2d",
+    "BayesConvTranspose3d",
+    "BayesEmbedding",
+    "BayesGRU",
+    "BayesLSTM",
     "BayesLinear",
+    "BayesMultiheadAttention",
+    "BayesTransposedLinear",
     "ElboOutput",
     "Prediction",
     "__version__",

@@ -107,6 +107,7 @@ def sample_weight(
     rho: Tensor,
     *,
     prior: Prior | None = None,
+    with_kl: bool = True,
     seed: int | Tensor | None = None,
     sample: int | Tensor | None = None,
     address: Address = Address(Role.WEIGHT),
@@ -121,13 +122,15 @@ def sample_weight(
             for a vector.
         prior: None (default: no KL is computed) or (prior_mu, prior_sigma), each a number or a tensor, 0-d or of mu's
             shape; prior_sigma > 0.
+        with_kl: False leaves the KL out although there is a prior (default True).
         seed: an int or a 0-d int64 tensor; default a fresh one from torch's generator.
         sample: index of the Monte Carlo sample, an int in [0, 2**32) or a 0-d int64 tensor; default 0.
         address: stream and shard offsets of the noise.
         dtype: of the sample; default mu's. Arithmetic is float32 (float64 for float64 parameters) in any case.
 
     Returns:
-        (w, kl): w of mu's shape and `dtype`; kl 0-d float32 (float64 for float64 parameters), or None without a prior.
+        (w, kl): w of mu's shape and `dtype`; kl 0-d float32 (float64 for float64 parameters), or None if it is not
+        computed.
 
     Raises:
         TypeError: an argument is not of a type given above, or mu and rho differ in dtype.
@@ -140,10 +143,9 @@ def sample_weight(
     priors = () if prior is None else fused_prior(mu, prior, "")
     mu_2d, rho_2d, *priors_2d = (as_matrix(t) for t in (mu, rho, *priors))
     noise = (*seed_and_sample(seed, sample, mu.device), address)
-    weight, kl = ops.sample_weight(
-        mu_2d, rho_2d, *(priors_2d or (None, None)), *noise, dtype or mu.dtype, prior is not None
-    )
-    return weight.view(mu.shape), None if prior is None else kl
+    with_kl = with_kl and prior is not None
+    weight, kl = ops.sample_weight(mu_2d, rho_2d, *(priors_2d or (None, None)), *noise, dtype or mu.dtype, with_kl)
+    return weight.view(mu.shape), kl if with_kl else None
 
 
 def bayes_linear(

@@ -154,7 +154,7 @@ def _box_muller(radius_words: Tensor, angle_words: Tensor, dtype: torch.dtype) -
 
 def normal(
     seed: int | Tensor,
-    rows: int,
+    rows: int | Tensor,
     columns: int,
     *,
     sample: int | Tensor = 0,
@@ -171,7 +171,8 @@ def normal(
 
     Args:
         seed: an int, or a 0-d int64 tensor.
-        rows, columns: size of the block, 0 or more.
+        rows, columns: size of the block, 0 or more. For rows that are not adjacent, ``rows`` is an int64 vector, and
+            row i of the result has the global row ``row_offset + rows[i]`` (values are not checked).
         sample: index of the Monte Carlo sample, in [0, 2**32), an int or a 0-d int64 tensor (whose value is not
             checked).
         stream: which tensor of which layer the noise is for, in [0, 2**32).
@@ -188,16 +189,22 @@ def normal(
     """
     if dtype not in (torch.float32, torch.float64):
         raise TypeError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
-    check_coordinates(rows, columns, stream=stream, row_offset=row_offset, column_offset=column_offset)
+    count = rows.numel() if isinstance(rows, Tensor) else rows
+    # Of a row that is given by its value no more is known than that there is one.
+    extent = min(count, 1) if isinstance(rows, Tensor) else count
+    check_coordinates(extent, columns, stream=stream, row_offset=row_offset, column_offset=column_offset)
     seed = as_seed(seed, device)
     sample = as_sample(sample, seed.device)
     first_quad, end_quad = column_offset // 4, -(-(column_offset + columns) // 4)
     quads = torch.arange(first_quad, end_quad, device=seed.device)[None, :]
     chunk = max(1, _CHUNK_WORDS // max(1, end_quad - first_quad))
     blocks = []
-    for start in range(row_offset, row_offset + max(rows, 1), chunk):
-        end = min(start + chunk, row_offset + rows)
-        block_rows = torch.arange(start, end, device=seed.device)[:, None]
+    for start in range(0, max(count, 1), chunk):
+        end = min(start + chunk, count)
+        if isinstance(rows, Tensor):
+            block_rows = (rows[start:end, None] + row_offset) & _MASK
+        else:
+            block_rows = torch.arange(row_offset + start, row_offset + end, device=seed.device)[:, None]
         (z0, z2), (z1, z3) = _box_muller(*_philox(seed, quads, block_rows, sample, stream), dtype)
         blocks.append(torch.stack([z0, z1, z2, z3], -1).flatten(1))
     shift = column_offset - 4 * first_quad

@@ -179,9 +179,14 @@ def local_moments(x: Tensor, weight: tuple[Tensor, Tensor], bias: MaybeBias) -> 
         variance = F.linear(x.to(dtype).square(), sigma_from_rho(rho.to(dtype)).square())
     if bias_rho is not None:
         variance = variance + sigma_from_rho(bias_rho.to(dtype)).square()
+    return mean, safe_sqrt(variance)
+
+
+def safe_sqrt(variance: Tensor) -> Tensor:
+    """The square root, with a gradient of 0 where it has no derivative."""
     varies = variance > 0.0
-    # The root of something else where it has no derivative: a where after the root would multiply infinity with 0.
-    return mean, torch.where(varies, variance, 1.0).sqrt() * varies
+    # The root of something else there: a where after the root would multiply infinity with 0.
+    return torch.where(varies, variance, 1.0).sqrt() * varies
 
 
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:

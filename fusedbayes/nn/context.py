@@ -95,3 +95,9 @@ class Draw(NamedTuple):
         if index == 0:
             return self.sample
         return index if self.sample is None else self.sample + index
+
+    def key(self, index: int) -> tuple[Tensor, Tensor | int]:
+        """Seed and sample of the batch of this index, as `fusedbayes.noise` takes them; there must be a seed."""
+        assert self.seed is not None
+        sample = self.sample_of(index)
+        return self.seed, 0 if sample is None else sample

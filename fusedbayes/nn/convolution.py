@@ -1,28 +1,33 @@
 """The Bayesian counterparts of torch's convolutions, transposed ones among them."""
 
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusedbayes import functional, noise, reference
 from fusedbayes.nn.context import Draw
 from fusedbayes.nn.module import BayesModule, product_dtype
 from fusedbayes.noise import Role
-from fusedbayes.reference import compute_dtype
 
-Bias = Tensor | None
+# Which weights, and bias or None, an input is convolved with.
+Map = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 class _BayesConvolution(BayesModule):
-    """What the convolutions share: the three estimators of a linear map whose weights are random.
+    """What the convolutions share: the estimators of a linear map, by torch's convolution, whose weights are random.
 
-    y = map(x; W) + b, by the library's convolution. "shared" draws W and b, with the KL, in one pass over the
-    parameters. "local": y = map(x; mu) + b_mu + sqrt(map(x^2; sigma^2) + sigma_b^2) * zeta with a zeta for each element
-    of the output (Kingma et al. 2015, equation 6): every output has its own distribution, but outputs of one example are
-    drawn independently, though they share weights. "flipout": y = map(x; mu) + map(x * r; sigma eps) * s + b with
-    random signs for each element of an example (Wen et al. 2018, equation 4).
+    "shared" draws W and b, and gives their KL, in one pass over the parameters: y = map(x; W) + b.
+
+    "local" draws each output from its own distribution, y = map(x; mu) + b_mu + sqrt(map(x^2; sigma^2) + sigma_b^2) *
+    zeta (Kingma et al. 2015, equation 6), independently even of the outputs of the same example, which share weights.
+
+    "flipout" gives each example its own perturbation of the weights, y = map(x; mu) + map(x * r; sigma eps) * s + b,
+    with a random sign for each channel of an example, r for the inputs and s for the outputs (Wen et al. 2018, equation
+    4): all positions of an example see one draw of the weights, as under "shared".
     """
 
     in_channels: int
@@ -32,56 +37,153 @@ class _BayesConvolution(BayesModule):
     dilation: tuple[int, ...]
     groups: int
 
-    spatial_dims: ClassVar[int]
-    convolution: ClassVar[Callable[..., Tensor]]  # of torch.nn.functional
+    @property
+    def batched_dims(self) -> int:
+        return len(self.kernel_size) + 2  # one less is an example without a batch
 
     @property
     def fan_in(self) -> int:
-        return self.in_channels // self.groups * math.prod(self.kernel_size)
+        return max(1, self.in_channels // self.groups * math.prod(self.kernel_size))
 
-    def _map(self, x: Tensor, weight: Tensor, bias: Bias, output_size: list[int] | None = None) -> Tensor:
-        """The convolution of the layer's arguments with these weights."""
-        raise NotImplementedError
-
-    def _forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+    def _estimate(self, x: Tensor, map_: Map) -> Tensor:
+        """The output for a batch, or for one example, of whatever the layer draws."""
         draw = self._draw(x)
         if draw is None:
-            return self._map(x, self._tensor("weight_mu"), self._tensor("bias_mu"), output_size)
+            return map_(x, self._tensor("weight_mu"), self._tensor("bias_mu"))
         draw = self._seeded(draw)
-        if draw.num_samples == 1:
-            return self._sample(x, draw, 0, output_size)
-        batches = enumerate(x.chunk(draw.num_samples) if x.shape[0] else [x])
-        return torch.cat([self._sample(batch, draw, index, output_size) for index, batch in batches])
-
-    def _sample(self, x: Tensor, draw: Draw, index: int, output_size: list[int] | None) -> Tensor:
-        """The output of one Monte Carlo sample."""
-        if draw.estimator == "shared":
-            drawn = self._sampled(draw, index)
-            return self._map(x, drawn["weight"], drawn.get("bias"), output_size)
         if draw.estimator == "local":
-            return self._local(x, draw, index, output_size)
-        return self._flipout(x, draw, index, output_size)
+            return self._local(x, map_, draw)
+        batches = [x] if draw.num_samples == 1 or x.shape[0] == 0 else x.chunk(draw.num_samples)
+        sample = self._shared if draw.estimator == "shared" else self._flipout
+        outputs = [sample(batch, map_, draw, index) for index, batch in enumerate(batches)]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    def _local(self, x: Tensor, draw: Draw, index: int, output_size: list[int] | None) -> Tensor:
+    def _shared(self, x: Tensor, map_: Map, draw: Draw, index: int) -> Tensor:
+        drawn = self._sampled(draw, index)
+        return map_(x, drawn["weight"], drawn.get("bias"))
+
+    def _local(self, x: Tensor, map_: Map, draw: Draw) -> Tensor:
+        """Of all Monte Carlo samples at once, which differ in zeta alone."""
         (mu, rho), (bias_mu, bias_rho) = self.posterior("weight"), self.posterior("bias")
-        mean = self._map(x, mu, bias_mu, output_size)
-        dtype = compute_dtype(mu)
+        mean = map_(x, mu, bias_mu)
+        dtype = reference.compute_dtype(mu)
         # Not in 16 bits, whatever autocast says: squares of float16 overflow and underflow.
         with reference.without_autocast(x):
-            sigma_b = None if bias_rho is None else reference.sigma_from_rho(bias_rho.to(dtype))
-            variance = self._map(
-                x.to(dtype).square(),
-                reference.sigma_from_rho(rho.to(dtype)).square(),
-                None if sigma_b is None else sigma_b.square(),
-                output_size,
-            )
-        zeta = noise.normal(*self._of_output(variance, draw, index, Role.LOCAL), dtype=dtype).view(variance.shape)
+            variances = [None if r is None else reference.sigma_from_rho(r.to(dtype)).square() for r in (rho, bias_rho)]
+            variance = map_(x.to(dtype).square(), *variances)
+        batch = mean.shape[0] // draw.num_samples if x.dim() == self.batched_dims else 1
+        columns = math.prod(mean.shape[1:] if x.dim() == self.batched_dims else mean.shape)
+        zetas = [self._zeta(batch, columns, draw, index, dtype) for index in range(draw.num_samples)]
+        zeta = (zetas[0] if len(zetas) == 1 else torch.cat(zetas)).view(mean.shape)
         return (mean.to(dtype) + reference.safe_sqrt(variance) * zeta).to(mean.dtype)
 
-    def _flipout(self, x: Tensor, draw: Draw, index: int, output_size: list[int] | None) -> Tensor: ...
+    def _zeta(self, rows: int, columns: int, draw: Draw, index: int, dtype: torch.dtype) -> Tensor:
+        """A normal for each element (column) of the output of each example (row)."""
+        seed, sample = draw.key(index)
+        stream = draw.addresses["weight"].stream + Role.LOCAL
+        return noise.normal(seed, rows, columns, sample=sample, stream=stream, dtype=dtype)
+
+    def _flipout(self, x: Tensor, map_: Map, draw: Draw, index: int) -> Tensor:
+        mu, rho = self.posterior("weight")
+        bias = self._bias_of(draw, index)
+        # sigma * eps as the draw of a mean of zero, without the cancellation of W - mu.
+        zero = mu.new_zeros(()).expand(mu.shape)
+        key: Any = {"seed": draw.seed, "sample": draw.sample_of(index)}
+        perturbation, _ = functional.sample_weight(
+            zero, rho, **key, address=draw.addresses["weight"], dtype=product_dtype(mu)
+        )
+        mean = map_(x, mu, bias)
+        r = self._signs(x, draw, index, Role.FLIPOUT_INPUT)
+        s = self._signs(mean, draw, index, Role.FLIPOUT_OUTPUT)
+        return mean + map_(x * r, perturbation, None) * s
+
+    def _bias_of(self, draw: Draw, index: int) -> Tensor | None:
+        mu, rho = self.posterior("bias")
+        if mu is None:
+            return None
+        key: Any = {"seed": draw.seed, "sample": draw.sample_of(index)}
+        return functional.sample_weight(mu, rho, **key, address=draw.addresses["bias"], dtype=product_dtype(mu))[0]
+
+    def _signs(self, like: Tensor, draw: Draw, index: int, role: int) -> Tensor:
+        """A sign for each channel (column) of each example (row), to be multiplied with `like`."""
+        batched = like.dim() == self.batched_dims
+        rows, channels = like.shape[:2] if batched else (1, like.shape[0])
+        seed, sample = draw.key(index)
+        stream = draw.addresses["weight"].stream + role
+        signs = noise.signs(seed, rows, channels, sample=sample, stream=stream, dtype=like.dtype)
+        return signs.view(*like.shape[: 2 if batched else 1], *[1] * len(self.kernel_size))
 
 
-class BayesConv1d(_BayesConvolution):
+class _BayesConv(_BayesConvolution):
+    """The forward of a convolution: torch's, with other weights."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        # torch's own method on our attributes, so that padding is what torch makes of it.
+        forward: Any = self.replaces._conv_forward  # type: ignore[attr-defined]
+        return self._estimate(input, lambda x, weight, bias: forward(self, x, weight, bias))
+
+
+class _BayesConvTranspose(_BayesConvolution):
+    """The forward of a transposed convolution: torch's, with other weights."""
+
+    convolution: ClassVar[Callable[..., Tensor]]
+
+    padding: tuple[int, ...]
+    output_padding: tuple[int, ...]
+
+    @property
+    def fan_in(self) -> int:
+        """Inputs that an output adds up at most: a stride keeps the taps of a kernel apart."""
+        taps = [
+            math.ceil(k / (s // math.gcd(s, d)))
+            for k, s, d in zip(self.kernel_size, self.stride, self.dilation, strict=True)
+        ]
+        return max(1, self.in_channels // self.groups * math.prod(taps))
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        dims = len(self.kernel_size)
+        pad: Any = self.replaces._output_padding  # type: ignore[attr-defined]
+        sizes = (self.stride, self.padding, self.kernel_size, dims, self.dilation)
+        output_padding = pad(self, input, output_size, *sizes)
+        how = (self.stride, self.padding, output_padding, self.groups, self.dilation)
+        transposed = type(self).convolution
+        return self._estimate(input, lambda x, weight, bias: transposed(x, weight, bias, *how))
+
+
+class BayesConv1d(_BayesConv):
     """Replaces `torch.nn.Conv1d`; arguments and shapes are its, and those of `BayesModule`."""
 
     replaces = nn.Conv1d
+
+
+class BayesConv2d(_BayesConv):
+    """Replaces `torch.nn.Conv2d`; arguments and shapes are its, and those of `BayesModule`."""
+
+    replaces = nn.Conv2d
+
+
+class BayesConv3d(_BayesConv):
+    """Replaces `torch.nn.Conv3d`; arguments and shapes are its, and those of `BayesModule`."""
+
+    replaces = nn.Conv3d
+
+
+class BayesConvTranspose1d(_BayesConvTranspose):
+    """Replaces `torch.nn.ConvTranspose1d`; arguments and shapes are its, and those of `BayesModule`."""
+
+    replaces = nn.ConvTranspose1d
+    convolution = staticmethod(F.conv_transpose1d)
+
+
+class BayesConvTranspose2d(_BayesConvTranspose):
+    """Replaces `torch.nn.ConvTranspose2d`; arguments and shapes are its, and those of `BayesModule`."""
+
+    replaces = nn.ConvTranspose2d
+    convolution = staticmethod(F.conv_transpose2d)
+
+
+class BayesConvTranspose3d(_BayesConvTranspose):
+    """Replaces `torch.nn.ConvTranspose3d`; arguments and shapes are its, and those of `BayesModule`."""
+
+    replaces = nn.ConvTranspose3d
+    convolution = staticmethod(F.conv_transpose3d)

@@ -52,11 +52,16 @@ def bayes_modules(model: nn.Module) -> Iterator[tuple[str, BayesModule]]:
 
 
 def variational_parameters(model: nn.Module) -> Iterator[VariationalParameter]:
-    """Every distinct random tensor of `model` once, with the first layer that holds it; tied layers share theirs."""
-    seen = set()
+    """Every distinct random tensor of `model` once, with the first layer that holds it; tied layers share theirs.
+
+    Or with the first that draws all of it: an embedding does not draw its padding row, but an output layer with the
+    same table does.
+    """
+    owners: dict[tuple[object, object], VariationalParameter] = {}
     for layer_name, layer in bayes_modules(model):
         for name in layer.names():
             parameter = VariationalParameter(layer_name, layer, name)
-            if parameter.key not in seen:
-                seen.add(parameter.key)
-                yield parameter
+            first = owners.setdefault(parameter.key, parameter)
+            if layer.draws_all and not first.layer.draws_all:
+                owners[parameter.key] = parameter
+    yield from owners.values()
