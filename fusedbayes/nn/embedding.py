@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fusedbayes import functional, noise, reference
+from fusedbayes import noise, reference
 from fusedbayes.nn.context import Draw
 from fusedbayes.nn.module import BayesModule
 from fusedbayes.noise import Role
@@ -103,7 +103,4 @@ class BayesEmbedding(BayesModule):
         if self.padding_idx is None:
             return super().kl_of(name)
         # The rows before and after: subtracting the KL of one row would leave it a gradient of rounding errors.
-        before, after = slice(self.padding_idx), slice(self.padding_idx + 1, None)
-        parts = [tuple(t[rows] if t.dim() else t for t in self.gaussian(name)) for rows in (before, after)]
-        kls = [functional.weight_kl(mu, rho, (prior_mu, prior_sigma)) for mu, rho, prior_mu, prior_sigma in parts]
-        return torch.stack(kls).sum()
+        return self._kl_of_rows(name, slice(self.padding_idx), slice(self.padding_idx + 1, None))

@@ -11,6 +11,7 @@ from fusedbayes import functional
 from fusedbayes.arguments import check_linear
 from fusedbayes.checks import check_count
 from fusedbayes.nn.module import BayesModule
+from fusedbayes.priors import Prior
 from fusedbayes.reference import Estimator
 
 
@@ -27,8 +28,11 @@ class _BayesLinearMap(BayesModule):
         if draw is None:
             return F.linear(check_linear(input, *weight, *bias), weight[0], bias[0])
         same_input = False
-        has_bias = bias[0] is not None
-        with_kl = self._charges()
+        weight_prior = bias_prior = None
+        if not self.prior_modules():
+            # Also where no KL is wanted: a checkpoint saves the same tensors then.
+            weight_prior = self._oriented(self.prior("weight"))
+            bias_prior = None if bias[0] is None else self.prior("bias")
         if not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and self._fold is not None:
             # With gradients a checkpoint would not find the repetition again.
             if (repeated := self._fold.repeated) is not None and repeated.is_(input):
@@ -37,9 +41,9 @@ class _BayesLinearMap(BayesModule):
             input,
             *weight,
             *bias,
-            weight_prior=self._oriented(self.prior("weight")),
-            bias_prior=self.prior("bias") if has_bias else None,
-            with_kl=with_kl,
+            weight_prior=weight_prior,
+            bias_prior=bias_prior,
+            with_kl=self._charges(),
             seed=draw.seed,
             sample=draw.sample,
             weight_address=draw.addresses["weight"],
@@ -66,6 +70,8 @@ class BayesLinear(_BayesLinearMap):
         prior_mu: mean of the prior of every weight and bias (default 0).
         prior_sigma: its standard deviation; None (default) means 1 / sqrt(in_features), so that the outputs of a layer
             keep their scale under the prior however wide it is.
+        prior: in their place, a prior of any kind (`fusedbayes.priors`); weights and biases get a copy each (default
+            None).
         sigma_init: initial standard deviation of the posterior; None (default) means 0.1 / sqrt(in_features), about a
             sixth of the spread of the initial means.
         estimator: how the output is sampled. "shared" (default): one draw of the weights for the whole batch. "local":
@@ -77,14 +83,15 @@ class BayesLinear(_BayesLinearMap):
     Attributes:
         weight_mu, weight_rho: (out_features, in_features) parameters.
         bias_mu, bias_rho: (out_features,) parameters, or None.
-        weight_prior_mu, weight_prior_sigma, bias_prior_mu, bias_prior_sigma: buffers, see `BayesModule`.
+        weight_prior_mu, weight_prior_sigma, bias_prior_mu, bias_prior_sigma: buffers of a Normal prior, see
+            `BayesModule`.
 
     Shape:
         (..., in_features) to (..., out_features), any leading dimensions.
 
     Raises:
         TypeError: a size is not an int, or a scale not a number.
-        ValueError: a size, a standard deviation or the estimator is out of its range.
+        ValueError: a size, a standard deviation or the estimator is out of its range, or a prior is given twice.
     """
 
     replaces = nn.Linear
@@ -108,6 +115,7 @@ class BayesLinear(_BayesLinearMap):
         *,
         prior_mu: float = 0.0,
         prior_sigma: float | None = None,
+        prior: Prior | None = None,
         sigma_init: float | None = None,
         estimator: Estimator = "shared",
         device: torch.device | str | None = None,
@@ -119,6 +127,7 @@ class BayesLinear(_BayesLinearMap):
             bias,
             prior_mu=prior_mu,
             prior_sigma=prior_sigma,
+            prior=prior,
             sigma_init=sigma_init,
             estimator=estimator,
             device=device,
