@@ -16,6 +16,7 @@ _MODULES = {
     "TileConfig": "config",
     "bayes_linear": "linear",
     "bayes_linear_backward": "linear_backward",
+    "normal": "normal",
     "normal_tile": "noise",
     "philox_words": "noise",
     "sample_weight": "sample",

@@ -38,7 +38,11 @@ BACKWARD: dict[str, Callable[[Problem], Sequence[Any]]] = {
     "bayes_linear_backward:input": lambda p: p.backward_input,
     "bayes_linear_backward:weight": lambda p: p.backward_weight,
 }
-OPERATORS = DIFFERENTIABLE | BACKWARD
+NOISE: dict[str, Callable[[Problem], Sequence[Any]]] = {
+    "normal": lambda p: (torch.tensor([4, 0, 4], device=p.x.device), 7, *p.noise, torch.float32),
+    "normal:16-bit": lambda p: (torch.arange(12, device=p.x.device)[::3], 7, *p.noise, torch.bfloat16),
+}
+OPERATORS = DIFFERENTIABLE | BACKWARD | NOISE
 
 
 def double_problem(shape: tuple[int, int, int] = (3, 5, 7), **options: Any) -> Problem:
@@ -66,7 +70,13 @@ def test_every_operator_is_tested() -> None:
 @pytest.mark.parametrize(
     ("name", "prior", "bias"),
     [
-        *((name, prior, True) for name in OPERATORS for prior in PRIORS if (name, prior) != ("weight_kl", "none")),
+        *(
+            (n, prior, True)
+            for n in DIFFERENTIABLE | BACKWARD
+            for prior in PRIORS
+            if (n, prior) != ("weight_kl", "none")
+        ),
+        *((name, "none", True) for name in NOISE),
         *(("bayes_linear", prior, False) for prior in PRIORS),
     ],
 )

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fusedbayes.noise import Address
+from fusedbayes.noise import Address, as_sample
 from fusedbayes.reference import Estimator
 
 
@@ -96,8 +96,8 @@ class Draw(NamedTuple):
             return self.sample
         return index if self.sample is None else self.sample + index
 
-    def key(self, index: int) -> tuple[Tensor, Tensor | int]:
-        """Seed and sample of the batch of this index, as `fusedbayes.noise` takes them; there must be a seed."""
+    def key(self, index: int) -> tuple[Tensor, Tensor | None]:
+        """Seed and sample of the batch of this index, as the operators take them; there must be a seed."""
         assert self.seed is not None
         sample = self.sample_of(index)
-        return self.seed, 0 if sample is None else sample
+        return self.seed, as_sample(sample, self.seed.device) if isinstance(sample, int) else sample

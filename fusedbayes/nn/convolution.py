@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fusedbayes import functional, noise, reference
+from fusedbayes import functional, noise, ops, reference
 from fusedbayes.nn.context import Draw
 from fusedbayes.nn.module import BayesModule, product_dtype
 from fusedbayes.noise import Role
@@ -81,7 +81,7 @@ class _BayesConvolution(BayesModule):
         """A normal for each element (column) of the output of each example (row)."""
         seed, sample = draw.key(index)
         stream = draw.addresses["weight"].stream + Role.LOCAL
-        return noise.normal(seed, rows, columns, sample=sample, stream=stream, dtype=dtype)
+        return ops.normal(torch.arange(rows, device=seed.device), columns, seed, sample, (stream, 0, 0), dtype)
 
     def _flipout(self, x: Tensor, map_: Map, draw: Draw, index: int) -> Tensor:
         mu, rho = self.posterior("weight")
@@ -110,6 +110,7 @@ class _BayesConvolution(BayesModule):
         rows, channels = like.shape[:2] if batched else (1, like.shape[0])
         seed, sample = draw.key(index)
         stream = draw.addresses["weight"].stream + role
+        sample = 0 if sample is None else sample
         signs = noise.signs(seed, rows, channels, sample=sample, stream=stream, dtype=like.dtype)
         return signs.view(*like.shape[: 2 if batched else 1], *[1] * len(self.kernel_size))
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fusedbayes import functional, noise, reference
+from fusedbayes import functional, noise, ops, reference
 from fusedbayes.nn.context import Draw
 from fusedbayes.nn.module import BayesModule
 from fusedbayes.noise import Role
@@ -87,15 +87,15 @@ class BayesEmbedding(BayesModule):
         """The normals (lookups, embedding_dim) of one Monte Carlo sample."""
         seed, sample = draw.key(index)
         stream, row, column = draw.addresses["weight"]
-        lookups = rows.numel(), self.embedding_dim
         if draw.estimator == "local":
             stream += Role.LOCAL
-            return noise.normal(seed, *lookups, sample=sample, stream=stream, column_offset=column, dtype=dtype)
-        where: Any = {"row_offset": row, "column_offset": column}
-        eps = noise.normal(seed, rows.long(), self.embedding_dim, sample=sample, stream=stream, **where, dtype=dtype)
+            places = torch.arange(rows.numel(), device=rows.device)
+            return ops.normal(places, self.embedding_dim, seed, sample, (stream, 0, column), dtype)
+        eps = ops.normal(rows.long(), self.embedding_dim, seed, sample, (stream, row, column), dtype)
         if draw.estimator == "flipout":
-            stream += Role.FLIPOUT_OUTPUT
-            eps = eps * noise.signs(seed, *lookups, sample=sample, stream=stream, column_offset=column, dtype=dtype)
+            size = rows.numel(), self.embedding_dim
+            where: Any = {"stream": stream + Role.FLIPOUT_OUTPUT, "column_offset": column}
+            eps = eps * noise.signs(seed, *size, sample=0 if sample is None else sample, **where, dtype=dtype)
         return eps
 
     def kl_of(self, name: str) -> Tensor:

@@ -37,6 +37,7 @@ _SCHEMAS = {
         Tensor? bias_prior_mu, Tensor? bias_prior_sigma, Tensor seed, Tensor? sample, int[] weight_address,
         int[] bias_address, int num_samples, str estimator, bool needs_x, bool needs_weight) -> (Tensor grad_x,
         Tensor grad_weight_mu, Tensor grad_weight_rho, Tensor grad_bias_mu, Tensor grad_bias_rho)""",
+    "normal": "(Tensor rows, int columns, Tensor seed, Tensor? sample, int[] address, ScalarType dtype) -> Tensor",
 }
 
 _library = Library("fusedbayes", "DEF")
@@ -65,6 +66,15 @@ def _entry(name: str) -> Callable[..., Any]:
         return differentiable(*arguments)
 
     return call
+
+
+def normal(*arguments: Any) -> Any:
+    """Of row i of the result, the global row is the address's row_offset + rows[i]; rows is an int64 vector."""
+    if torch._C._are_functorch_transforms_active():
+        return eager.normal(*arguments)
+    if cpu.is_next(arguments):
+        return cpu.normal(*arguments)
+    return torch.ops.fusedbayes.normal.default(*arguments)
 
 
 sample_weight = _entry("sample_weight")

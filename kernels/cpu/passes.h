@@ -241,7 +241,8 @@ template <bool AS_WORDS = false>
 INLINE const float* draw(const Problem& p, const Piece& piece, float* buffer) {
     const int64_t column = p.column_offset + piece.first_column;
     const int shift = (int)(column % 4);
-    const uint32_t row = (uint32_t)(p.row_offset + piece.row), quad = (uint32_t)(column / 4);
+    const int64_t row_here = p.noise_rows ? p.noise_rows[piece.row] : piece.row;
+    const uint32_t row = (uint32_t)(p.row_offset + row_here), quad = (uint32_t)(column / 4);
     draw_columns<AS_WORDS>(noise_of(p), row, quad, piece.padded + shift, buffer);
     return buffer + shift;
 }
