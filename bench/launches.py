@@ -88,7 +88,7 @@ class KernelLaunch(NamedTuple):
 
     @property
     def draws(self) -> bool:
-        """Whether it draws weights, what takes their place in a product, or noise alone; not on the way, as outputs are."""
+        """Whether it draws weights, what takes their place in a product, or noise by itself, not outputs or a KL."""
         noise = self.arguments.get("seed_ptr") is not None or self.arguments.get("ESTIMATOR") == "local"
         return noise and ("weight" in self.arguments or self.name == NOISE_ALONE)
 

@@ -1,12 +1,10 @@
 """The Bayesian counterpart of torch.nn.Embedding."""
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fusedbayes import functional, noise, ops, reference
+from fusedbayes import functional, reference
 from fusedbayes.nn.context import Draw
 from fusedbayes.nn.module import BayesModule
 from fusedbayes.noise import Role
@@ -85,17 +83,12 @@ class BayesEmbedding(BayesModule):
 
     def _eps(self, rows: Tensor, draw: Draw, index: int, dtype: torch.dtype) -> Tensor:
         """The normals (lookups, embedding_dim) of one Monte Carlo sample."""
-        seed, sample = draw.key(index)
-        stream, row, column = draw.addresses["weight"]
+        size = rows.numel(), self.embedding_dim
         if draw.estimator == "local":
-            stream += Role.LOCAL
-            places = torch.arange(rows.numel(), device=rows.device)
-            return ops.normal(places, self.embedding_dim, seed, sample, (stream, 0, column), dtype)
-        eps = ops.normal(rows.long(), self.embedding_dim, seed, sample, (stream, row, column), dtype)
+            return draw.normals(*size, index, dtype, role=Role.LOCAL)
+        eps = draw.normals(rows.long(), self.embedding_dim, index, dtype)
         if draw.estimator == "flipout":
-            size = rows.numel(), self.embedding_dim
-            where: Any = {"stream": stream + Role.FLIPOUT_OUTPUT, "column_offset": column}
-            eps = eps * noise.signs(seed, *size, sample=0 if sample is None else sample, **where, dtype=dtype)
+            eps = eps * draw.signs(*size, index, dtype, role=Role.FLIPOUT_OUTPUT)
         return eps
 
     def kl_of(self, name: str) -> Tensor:

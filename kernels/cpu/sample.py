@@ -120,10 +120,10 @@ def words(rows: Tensor | int, columns: int, seed: Tensor, sample: Tensor | None,
 
 
 def _noise(kind: Output, dtype: torch.dtype, rows: Tensor | int, columns: int, key: Key) -> Tensor:
-    count = rows
-    if isinstance(rows, Tensor):
-        count, key = rows.shape[0], key._replace(rows=rows.contiguous())
+    count = rows.shape[0] if isinstance(rows, Tensor) else rows
     out = torch.empty((count, columns), dtype=dtype, device="cpu")
+    if isinstance(rows, Tensor):
+        key = key._replace(rows=rows.contiguous())
     # Neither mean nor deviation is read.
     library().forward(make_problem(Parameter(out, out, None, None), key), kind, out)
     return out
