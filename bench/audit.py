@@ -127,7 +127,8 @@ def run_alone() -> None:
     torch.autograd.grad(ops.weight_kl(mu, rho, *prior), [mu, rho], on_gpu())
     for columns in (SQUARE[1], 1001):
         rows = on_gpu(SQUARE[0], dtype=torch.int64)
-        ops.normal(rows, columns, draw_seed("meta"), None, (0, 0, 0), torch.float32)
+        for noise in (ops.normal, ops.signs):
+            noise(rows, columns, draw_seed("meta"), None, (0, 0, 0), torch.float32)
 
 
 def layers(capability: int) -> Iterator[tuple[Layer, bool]]:

@@ -21,6 +21,7 @@ _MODULES = {
     "philox_words": "noise",
     "sample_weight": "sample",
     "sample_weight_backward": "sample_backward",
+    "signs": "normal",
     "select_config": "select",
     "select_tile_config": "select",
     "weight_kl": "sample",

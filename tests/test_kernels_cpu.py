@@ -125,6 +125,15 @@ def test_normals_equal_pytorch_normals(instruction_set: str, column_offset: int,
     assert torch.equal(cpu.normal(rows, columns, *key, torch.bfloat16), eps.bfloat16())
 
 
+@pytest.mark.parametrize("columns", [0, 1, 129, 1091])
+@pytest.mark.parametrize("column_offset", [0, 3, 2**33 - 126])
+def test_signs_equal_pytorch_signs(instruction_set: str, column_offset: int, columns: int) -> None:
+    where = {"stream": 3, "row_offset": 5, "column_offset": column_offset}
+    rows = torch.tensor([3, 0, 2**32 - 6, 3, 2**31])
+    signs = cpu.signs(rows, columns, torch.tensor(7), torch.tensor(2), tuple(where.values()), torch.bfloat16)
+    assert torch.equal(signs, noise.signs(7, rows, columns, sample=2, **where, dtype=torch.bfloat16))
+
+
 def test_normals_at_the_ends_of_the_words(instruction_set: str) -> None:
     for (quad, row, sample, stream), expected in zip(EXTREME_WORDS, EXTREME_NORMALS, strict=True):
         key = torch.tensor(0), torch.tensor(sample), Address(stream, row, 4 * quad)

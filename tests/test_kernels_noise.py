@@ -122,7 +122,7 @@ def test_normals_of_a_shard_are_its_part_of_the_whole(kernel_device: str) -> Non
 @pytest.mark.parametrize(
     "address", [Address(2**31 + 1), Address(3, 5, 3), Address(0, 2**31 - 3, 2**33 - 2)], ids=["origin", "shard", "end"]
 )
-def test_normals_of_given_rows(kernel_device: str, address: Address, columns: int) -> None:
+def test_noise_of_given_rows(kernel_device: str, address: Address, columns: int) -> None:
     """Like tokens of a vocabulary: in any order, again and again."""
     rows = torch.tensor([4, 0, 2**31 - 4, 4, 7, 1])
     key = noise.as_seed(2**62 + 5, kernel_device), torch.tensor(3, device=kernel_device), address
@@ -135,4 +135,6 @@ def test_normals_of_given_rows(kernel_device: str, address: Address, columns: in
     narrow = kernels.normal(given, columns, *key, torch.bfloat16)
     torch.testing.assert_close(narrow, eps.bfloat16(), rtol=2.0**-7, atol=0)  # the interpreter cuts bits off
     assert torch.equal(eps[0], eps[3])
+    signs = kernels.signs(given, columns, *key, torch.float16, config=TileConfig(4, 16))
+    assert torch.equal(signs.cpu(), noise.signs(2**62 + 5, rows, columns, **where, dtype=torch.float16))
     assert kernels.normal(given[:0], columns, *key, torch.float32).shape == (0, columns)

@@ -117,6 +117,8 @@ def test_rows_in_any_order() -> None:
     rows[0] = rows[-1]
     assert torch.equal(noise.normal(7, rows, 5, row_offset=6, **where), whole[rows])
     assert torch.equal(noise.normal(7, rows + 6, 5, **where), whole[rows])
+    signs = noise.signs(7, 40_000, 5, row_offset=6, **where)
+    assert torch.equal(noise.signs(7, rows, 5, row_offset=6, **where), signs[rows])
     assert noise.normal(7, rows[:0], 5).shape == (0, 5)
 
 

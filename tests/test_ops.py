@@ -40,6 +40,7 @@ BACKWARD: dict[str, Callable[[Problem], Sequence[Any]]] = {
 }
 NOISE: dict[str, Callable[[Problem], Sequence[Any]]] = {
     "normal": lambda p: (torch.tensor([4, 0, 4], device=p.x.device), 7, *p.noise, torch.float32),
+    "signs": lambda p: (torch.tensor([4, 0, 4], device=p.x.device), 7, *p.noise, torch.float16),
     "normal:16-bit": lambda p: (torch.arange(12, device=p.x.device)[::3], 7, *p.noise, torch.bfloat16),
 }
 OPERATORS = DIFFERENTIABLE | BACKWARD | NOISE

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fusedbayes import noise, ops
+from fusedbayes import ops
 from fusedbayes.noise import Address, as_sample
 from fusedbayes.reference import Estimator
 
@@ -107,21 +107,20 @@ class Draw(NamedTuple):
             name: of the random tensor that they belong to.
             role: of the noise in its stream, see `Role`; without one they are the tensor's own.
         """
+        return ops.normal(*self._noise(rows, columns, index, name, role), dtype)
+
+    def signs(
+        self, rows: int, columns: int, index: int, dtype: torch.dtype, name: str = "weight", *, role: int
+    ) -> Tensor:
+        """Likewise random signs."""
+        return ops.signs(*self._noise(rows, columns, index, name, role), dtype)
+
+    def _noise(self, rows: Tensor | int, columns: int, index: int, name: str, role: int) -> tuple[Any, ...]:
+        """The operators' arguments."""
         assert self.seed is not None
         stream, row_offset, column_offset = self.addresses[name]
         sample = self.sample_of(index)
         sample = as_sample(sample, self.seed.device) if isinstance(sample, int) else sample
         if not isinstance(rows, Tensor):
             rows = torch.arange(rows, device=self.seed.device)
-        address = (stream + role, 0 if role else row_offset, column_offset)
-        return ops.normal(rows, columns, self.seed, sample, address, dtype)
-
-    def signs(
-        self, rows: int, columns: int, index: int, dtype: torch.dtype, name: str = "weight", *, role: int
-    ) -> Tensor:
-        """Likewise random signs."""
-        assert self.seed is not None
-        stream, _, column_offset = self.addresses[name]
-        sample = self.sample_of(index)
-        where: Any = {"stream": stream + role, "column_offset": column_offset}
-        return noise.signs(self.seed, rows, columns, sample=0 if sample is None else sample, **where, dtype=dtype)
+        return rows, columns, self.seed, sample, (stream + role, 0 if role else row_offset, column_offset)

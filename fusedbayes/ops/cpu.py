@@ -56,9 +56,6 @@ def implementation(name: str) -> Callable[..., Any]:
     return run
 
 
-normal = implementation("normal")
-
-
 def _served(arguments: tuple[Any, ...]) -> bool:
     """Whether the floating tensors, and the dtype that is asked for, have dtypes that the kernel takes."""
     for argument in arguments:

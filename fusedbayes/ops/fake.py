@@ -44,5 +44,8 @@ def normal(rows: Tensor, columns: int, *rest: Any) -> Tensor:
     return rows.new_empty((rows.shape[0], columns), dtype=rest[-1])
 
 
+signs = normal
+
+
 def _kl(mu: Tensor, with_kl: bool) -> Tensor:
     return mu.new_empty(() if with_kl else 0, dtype=compute_dtype(mu))

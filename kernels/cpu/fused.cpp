@@ -27,7 +27,7 @@
 namespace {
 
 enum Type : int32_t { FLOAT32, BFLOAT16 };
-enum Output : int32_t { NONE, WEIGHT, VARIANCE, PERTURBATION, NORMAL, WORD };
+enum Output : int32_t { NONE, WEIGHT, VARIANCE, PERTURBATION, NORMAL, WORD, SIGN };
 
 // A matrix, strides in elements; 0 repeats a row or a column. Results have adjacent columns.
 struct Operand {

@@ -31,6 +31,7 @@ class Output(IntEnum):
     PERTURBATION = 3  # sigma eps
     NORMAL = 4
     WORD = 5  # the bits of the noise's words
+    SIGN = 6
 
 
 class Problem(NamedTuple):

@@ -114,6 +114,13 @@ def normal(
     return _noise(Output.NORMAL, torch.float32, rows, columns, Key(seed, sample, address)).to(dtype)
 
 
+def signs(
+    rows: Tensor, columns: int, seed: Tensor, sample: Tensor | None, address: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    """Likewise `fusedbayes.noise.signs`."""
+    return _noise(Output.SIGN, torch.float32, rows, columns, Key(seed, sample, address)).to(dtype)
+
+
 def words(rows: Tensor | int, columns: int, seed: Tensor, sample: Tensor | None, address: Sequence[int]) -> Tensor:
     """Likewise the word of each column as int32, the bits of `fusedbayes.noise.philox_words`."""
     return _noise(Output.WORD, torch.int32, rows, columns, Key(seed, sample, address))
