@@ -127,7 +127,7 @@ class _BayesConvTranspose(_BayesConvolution):
     def fan_in(self) -> int:
         """Inputs that an output adds up at most: a stride keeps the taps of a kernel apart."""
         taps = [
-            math.ceil(k / (s // math.gcd(s, d)))
+            math.ceil(k / max(1, s // math.gcd(s, d)))  # torch takes a stride of 0 until it is called
             for k, s, d in zip(self.kernel_size, self.stride, self.dilation, strict=True)
         ]
         return max(1, self.in_channels // self.groups * math.prod(taps))
