@@ -40,7 +40,12 @@ BACKWARD: dict[str, Callable[[Problem], Sequence[Any]]] = {
     "bayes_linear_backward:input": lambda p: p.backward_input,
     "bayes_linear_backward:weight": lambda p: p.backward_weight,
 }
-OPERATORS = DIFFERENTIABLE | BACKWARD
+NOISE: dict[str, Callable[[Problem], Sequence[Any]]] = {
+    "normal": lambda p: (torch.tensor([4, 0, 4], device=p.x.device), 7, *p.noise, torch.float32),
+    "signs": lambda p: (torch.tensor([4, 0, 4], device=p.x.device), 7, *p.noise, torch.float16),
+    "normal:16-bit": lambda p: (torch.arange(12, device=p.x.device)[::3], 7, *p.noise, torch.bfloat16),
+}
+OPERATORS = DIFFERENTIABLE | BACKWARD | NOISE
 
 
 def double_problem(shape: tuple[int, int, int] = (3, 5, 7), **options: Any) -> Problem:
@@ -54,6 +59,13 @@ def leaves(problem: Problem, names: Sequence[str]) -> dict[str, Tensor]:
     return {name: tensor.requires_grad_() for name, tensor in inputs.items() if name in names and tensor is not None}
 
 
+def priors_of(name: str) -> tuple[str, ...]:
+    """Noise has none, the KL alone needs one, and the scale mixture is one of its own."""
+    if name in NOISE or name.startswith("scale_mixture"):
+        return PRIORS[:1]
+    return PRIORS[1:] if name == "weight_kl" else PRIORS
+
+
 ALL_INPUTS = ("x", "weight_mu", "weight_rho", "bias_mu", "bias_rho")
 
 
@@ -63,17 +75,12 @@ def test_every_operator_is_tested() -> None:
     assert registered == {name.split(":")[0] for name in OPERATORS}
 
 
-def has_its_prior(name: str, prior: str) -> bool:
-    """A KL needs a prior, and the scale mixture is one of its own."""
-    return prior == "none" if name.startswith("scale_mixture") else (name, prior) != ("weight_kl", "none")
-
-
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("layout", ["dense", "permuted"])
 @pytest.mark.parametrize(
     ("name", "prior", "bias"),
     [
-        *((name, prior, True) for name in OPERATORS for prior in PRIORS if has_its_prior(name, prior)),
+        *((name, prior, True) for name in OPERATORS for prior in priors_of(name)),
         *(("bayes_linear", prior, False) for prior in PRIORS),
     ],
 )

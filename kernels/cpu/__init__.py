@@ -11,6 +11,7 @@ from fusedbayes.kernels.cpu.sample import (
     normal,
     sample_weight,
     sample_weight_backward,
+    signs,
     weight_kl,
     words,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "sample_weight_backward",
     "scale_mixture_kl",
     "scale_mixture_kl_backward",
+    "signs",
     "weight_kl",
     "words",
 ]
