@@ -37,8 +37,8 @@ INSTRUCTIONS: Mapping[str, float] = MappingProxyType(
         "_linear_backward_pair_kernel": 52.0,  # likewise, of two products or several Monte Carlo samples
     }
 )
-# Kernels that need more results of the special-function unit: the exponential of the components' ratio and, forward, the
-# logarithm that every KL takes, backward two reciprocals.
+# Kernels that need more results of the special-function unit: an exponential for the components' ratio and, forward,
+# the logarithm that every KL takes, backward two reciprocals.
 SPECIAL_OF: Mapping[str, float] = MappingProxyType({"_mixture_kl_kernel": 5.0, "_mixture_kl_backward_kernel": 6.0})
 # What an estimator, or several samples in turn, change, by compute capability: "local" draws no noise of weights,
 # "flipout" draws random signs. On sm_100, whose operands have another layout, the compiler has sigma computed in both.

@@ -213,8 +213,8 @@ class Laplace(Prior):
 class ScaleMixture(Prior):
     """pi N(0, sigma_1^2) + (1 - pi) N(0, sigma_2^2): a wide Normal for some weights, a narrow one for the others.
 
-    The KL is the estimate of one sample in log space, by a fused pass. Source: Blundell et al., "Weight uncertainty in neural networks",
-    ICML 2015, equation 7, where sigma_1 > sigma_2; here either may be the larger.
+    The KL is the estimate of one sample in log space, by a fused pass. Source: Blundell et al., "Weight uncertainty in
+    neural networks", ICML 2015, equation 7, where sigma_1 > sigma_2; here either may be the larger.
 
     Args:
         pi: share of the first, between 0 and 1 (default 0.5).
@@ -244,15 +244,16 @@ class ScaleMixture(Prior):
     def weight_kl(self, mu: Tensor, rho: Tensor, **noise: Any) -> Tensor:
         if type(self) is not ScaleMixture:  # but one that overrides kl or log_prob
             return super().weight_kl(mu, rho, **noise)
-        mixture = {"pi": self.pi, "sigma_1": self.sigma_1, "sigma_2": self.sigma_2}
-        return functional.scale_mixture_kl(mu, rho, **mixture, **noise)
+        return functional.scale_mixture_kl(mu, rho, pi=self.pi, sigma_1=self.sigma_1, sigma_2=self.sigma_2, **noise)
 
 
 def _mean_distance(shift: Tensor, sigma: Tensor) -> Tensor:
     """E|x| of x ~ N(shift, sigma^2): sigma sqrt(2 / pi) exp(-z^2 / 2) + shift erf(z / sqrt 2), z = shift / sigma."""
-    # The bounds change no result, but keep z's derivatives finite: beyond 40 exp(-z^2 / 2) is 0 in double precision.
-    z = (shift / sigma.clamp(min=1e-18)).clamp(-40.0, 40.0)
-    return math.sqrt(2.0 / math.pi) * sigma * torch.exp(-0.5 * z.square()) + shift * torch.erf(math.sqrt(0.5) * z)
+    # Beyond 40 sigma it is |shift|, in double precision too; there, and for the least sigma, z's derivatives overflow.
+    near = shift.abs() < 40.0 * sigma
+    z = torch.where(near, shift, 0.0) / sigma.clamp(min=1e-18)
+    mean = math.sqrt(2.0 / math.pi) * sigma * torch.exp(-0.5 * z.square()) + shift * torch.erf(math.sqrt(0.5) * z)
+    return torch.where(near, mean, shift.abs())
 
 
 def _check_shapes(weight: Tensor, hyperparameters: dict[str, Tensor]) -> None:
