@@ -249,11 +249,12 @@ class ScaleMixture(Prior):
 
 def _mean_distance(shift: Tensor, sigma: Tensor) -> Tensor:
     """E|x| of x ~ N(shift, sigma^2): sigma sqrt(2 / pi) exp(-z^2 / 2) + shift erf(z / sqrt 2), z = shift / sigma."""
-    # Beyond 40 sigma it is |shift|, in double precision too; there, and for the least sigma, z's derivatives overflow.
-    near = shift.abs() < 40.0 * sigma
-    z = torch.where(near, shift, 0.0) / sigma.clamp(min=1e-18)
+    # Beyond 9 sigma it is |shift|, in double precision too: exp(-z^2 / 2) is 3e-18. There, and for the least sigma, z's
+    # derivatives overflow; further off the exponential underflows, which takes a CPU long.
+    far = shift.abs() > 9.0 * sigma
+    z = shift.masked_fill(far, 0.0) / sigma.clamp(min=1e-18)
     mean = math.sqrt(2.0 / math.pi) * sigma * torch.exp(-0.5 * z.square()) + shift * torch.erf(math.sqrt(0.5) * z)
-    return torch.where(near, mean, shift.abs())
+    return torch.where(far, shift.abs(), mean)
 
 
 def _check_shapes(weight: Tensor, hyperparameters: dict[str, Tensor]) -> None:
