@@ -36,7 +36,7 @@ EXTREME_WORDS = {
 }
 EXTREME_NORMALS = ((-math.sqrt(66 * math.log(2)), 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, math.sqrt(66 * math.log(2))))
 
-# Of scale mixtures: pi, sigma_1 and sigma_2, the same numbers in float32 as in float64. Sigmas of about 0.15 are between.
+# Of scale mixtures: pi, sigma_1 and sigma_2, the same in float32 as in float64. Sigmas of about 0.15 are between them.
 MIXTURE = 0.375, 0.75, 0.0625
 
 Parameter = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -254,8 +254,8 @@ def check_scale_mixture(
 ) -> None:
     """Compares KL and gradients by the launchers, run on `device`, with the operator in double precision.
 
-    The noise may be off by 1e-5; w, log q and log p by a few roundings. d, the logarithm of the components' ratio, is the
-    difference of two squares: it is off by roundings of these.
+    The noise may be off by 1e-5; w, log q and log p by a few roundings. d, the logarithm of the components' ratio, is
+    the difference of two squares: it is off by roundings of these.
     """
     numbers = [torch.tensor(number) for number in mixture]
     seed, sample, address = key

@@ -54,6 +54,8 @@ def scale_mixture_kl_backward(
     """Its dmu and drho."""
     grads = mu.new_empty(mu.shape), rho.new_empty(rho.shape)
     parameter, key = Parameter(mu, rho, None, None), Key(seed, sample, address)
-    how = {"grad_kl": grad_kl, "mixture": prepared(pi, sigma_1, sigma_2)}
-    library().backward(make_problem(parameter, key, grad_mu=grads[0], grad_rho=grads[1], **how))
+    mixture = prepared(pi, sigma_1, sigma_2)
+    library().backward(
+        make_problem(parameter, key, grad_kl=grad_kl, grad_mu=grads[0], grad_rho=grads[1], mixture=mixture)
+    )
     return grads
