@@ -290,6 +290,21 @@ def test_one_draw_does_not_depend_on_the_batch(kind: Kind) -> None:
         torch.testing.assert_close(draw(model, x[:1]), draw(model, x)[:1], **CLOSE)
 
 
+@pytest.mark.gpu
+@EACH_ESTIMATOR
+def test_cuda_equals_cpu(kind: Kind, estimator: Estimator) -> None:
+    model, x = kind.make(estimator=estimator), kind.batch()
+    twin = copy.deepcopy(model).to("cuda")
+    results = []
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        for run, there in ((model, x), (twin, x.to("cuda"))):
+            y = draw(run, there)
+            grads = gradients(run, y.square().sum() + fb.kl_loss(run))
+            results.append([y.cpu(), fb.kl_loss(run).cpu(), {name: grad.cpu() for name, grad in grads.items()}])
+    # Noise differs by 1e-5 times sigma, sums of up to a few hundred terms are rounded in another order.
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-3)
+
+
 def options(kind: Kind, **others: Any) -> dict[str, Any]:
     return kind.arguments | others
 
