@@ -186,17 +186,13 @@ class BayesModule(nn.Module):
         """A module of the class `replaces` that computes with the means: its parameters are these, not copies."""
         module = self.replaces.__new__(self.replaces)
         nn.Module.__init__(module)
-        vars(module).update(self._configuration())
+        vars(module).update({k: v for k, v in configuration(self).items() if k not in self.own_attributes})
         for name in self.random_tensors:
             module.register_parameter(name, self._tensor(f"{name}_mu"))
         for name in self.parts:
             part: Any = self.get_submodule(name)
             module.add_module(name, part.deterministic())
         return module.train(self.training)
-
-    def _configuration(self) -> dict[str, Any]:
-        """The attributes that a module of the class `replaces` has besides those of every module."""
-        return {key: value for key, value in configuration(self).items() if key not in self.own_attributes}
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

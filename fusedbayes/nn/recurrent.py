@@ -77,12 +77,8 @@ class _BayesRecurrent(BayesModule):
         weights = list(tensors.values())
         if weights[0].is_cuda:
             weights = _flattened(weights)
-        stand_in: Any = self.stand_in(
-            **self._configuration(),
-            training=self.training,
-            _flat_weights=weights,
-            _flat_weight_refs=[None] * len(weights),  # by these torch sees that none was replaced since
-        )
+        # By the references torch sees that none of the weights was replaced since.
+        stand_in: Any = self.stand_in(self, _flat_weights=weights, _flat_weight_refs=[None] * len(weights))
         return stand_in.forward(input, hx)
 
     def _samples_in(self, input: Any) -> int:
