@@ -329,6 +329,12 @@ class BayesModule(nn.Module):
         mu = self._tensor(f"{name}_mu")
         return None if mu is None else RandomTensor(type(self).__name__, name, mu)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.random_tensors:
+            # As a parameter of its own it would take part in nothing.
+            raise AttributeError(f"{name!r} of {type(self).__name__} is random: assign {name}_mu and {name}_rho")
+        super().__setattr__(name, value)
+
     def kl_loss(self) -> Tensor:
         """KL of the posterior from the prior, summed over the layer's parameters; see `fusedbayes.kl_loss`.
 

@@ -14,9 +14,6 @@ from fusedbayes.reference import Estimator
 class _BayesRecurrent(BayesModule):
     """What the recurrent layers share: one draw of all weights for a whole sequence, then torch's own recurrence.
 
-    The draw is that of a forward, whatever the number of time steps, so the network is one function of time (Fortunato,
-    Blundell and Vinyals, "Bayesian recurrent neural networks", 2017, section 3; Gal and Ghahramani 2016 say why).
-
     The estimators "local" and "flipout" would draw anew at each time step, so "shared" is the only one.
     """
 
@@ -98,7 +95,7 @@ class BayesLSTM(_BayesRecurrent):
     are named as its parameters, ``weight_ih_l0`` and so on.
 
     The weights are drawn once for each forward, whatever the number of time steps: the layer is one function of time
-    (Fortunato, Blundell and Vinyals, "Bayesian recurrent neural networks", 2017, section 3). Therefore "shared" is the
+    (Fortunato, Blundell and Vinyals, "Bayesian recurrent neural networks", 2017). Therefore "shared" is the
     only estimator; where a model is asked for another, the layer keeps it. Scales are relative to
     1 / sqrt(hidden_size), as torch's initialisation.
 
@@ -116,6 +113,13 @@ class BayesGRU(_BayesRecurrent):
 
     replaces = nn.GRU
     stand_in = stand_in_for(nn.GRU)
+
+
+class BayesRNN(_BayesRecurrent):
+    """Replaces `torch.nn.RNN` as `BayesLSTM` does `torch.nn.LSTM`."""
+
+    replaces = nn.RNN
+    stand_in = stand_in_for(nn.RNN)
 
 
 def _split(hx: Any, num_samples: int) -> list[Any]:
