@@ -282,8 +282,8 @@ class BayesModule(nn.Module):
         if not is_batch or not fold.holds(rows):
             raise ValueError(
                 f"the model runs {fold.num_samples} Monte Carlo samples of a batch of {fold.batch} as one along "
-                f"dimension 0, but {type(self).__name__} got {tuple(input.shape)}, whose dimension 0 is no batch "
-                f"or no multiple of {fold.num_samples * fold.batch}: pass samples_at_once=1 to run them one by one"
+                f"dimension 0, but {type(self).__name__} got {tuple(input.shape)}, whose dimension 0 is no batch, or "
+                f"no multiple of {fold.num_samples * fold.batch}: pass samples_at_once=1 to run them one by one"
             )
         return fold.num_samples
 
