@@ -16,6 +16,7 @@ from fusedbayes.nn import (
     BayesLinear,
     BayesLSTM,
     BayesMultiheadAttention,
+    BayesRNN,
     BayesTransposedLinear,
 )
 from fusedbayes.objective import ELBO, ElboOutput, kl_loss
@@ -37,6 +38,7 @@ __all__ = [
     "BayesLSTM",
     "BayesLinear",
     "BayesMultiheadAttention",
+    "BayesRNN",
     "BayesTransposedLinear",
     "ElboOutput",
     "Prediction",

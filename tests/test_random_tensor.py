@@ -35,6 +35,16 @@ def test_a_random_tensor_tells_what_it_is_but_no_values(name: str) -> None:
         _ = layer.weights
 
 
+def test_a_random_tensor_is_not_assigned() -> None:
+    """Tying layers that are Bayesian already, as one ties those of torch, would tie nothing."""
+    first, second = fb.BayesLinear(5, 3), fb.BayesLinear(5, 3)
+    before = list(second.state_dict())
+    for value in (first.weight, torch.nn.Parameter(torch.ones(3, 5))):
+        with pytest.raises(AttributeError, match=r"'weight' of BayesLinear is random: assign weight_mu and weight_rho"):
+            second.weight = value
+    assert list(second.state_dict()) == before
+
+
 def test_a_random_tensor_within_torch_compile() -> None:
     layer = fb.BayesLinear(5, 3, dtype=torch.float64)
 

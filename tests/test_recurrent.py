@@ -1,4 +1,4 @@
-"""BayesLSTM and BayesGRU: torch's own recurrence, one draw of the weights for a sequence."""
+"""BayesLSTM, BayesGRU and BayesRNN: torch's own recurrence, one draw of the weights for a sequence."""
 
 import copy
 import pickle
@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 import fusedbayes as fb
 
-BOTH = pytest.mark.parametrize("layer_class", [fb.BayesLSTM, fb.BayesGRU])
+LAYERS = [fb.BayesLSTM, fb.BayesGRU, fb.BayesRNN]
+EACH = pytest.mark.parametrize("layer_class", LAYERS)
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "deep": {"num_layers": 2, "bidirectional": True, "batch_first": True},
@@ -59,7 +60,7 @@ INPUTS: dict[str, Callable[[Any], tuple[Any, ...]]] = {
 @pytest.mark.parametrize("kind", INPUTS)
 @pytest.mark.parametrize(
     ("layer_class", "arguments"),
-    [(fb.BayesLSTM, name) for name in ARGUMENTS] + [(fb.BayesGRU, name) for name in ("plain", "deep", "no_bias")],
+    [(kind, name) for name in ARGUMENTS for kind in LAYERS if name != "projected" or kind is fb.BayesLSTM],
 )
 def test_whatever_torch_takes(layer_class: type, arguments: str, kind: str) -> None:
     """With the means what torch computes; with a draw the same shapes, and gradients for every mean and sigma."""
@@ -78,7 +79,7 @@ def test_whatever_torch_takes(layer_class: type, arguments: str, kind: str) -> N
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in layer.parameters())
 
 
-@BOTH
+@EACH
 def test_one_draw_for_a_sequence(layer_class: type) -> None:
     """Step by step under one function draw is the sequence at once: the weights do not change over time."""
     layer = make(layer_class, batch_first=True)
@@ -116,7 +117,7 @@ class Tagger(nn.Module):
 
 
 @pytest.mark.parametrize("with_states", [True, False], ids=["states", "no_states"])
-@BOTH
+@EACH
 def test_folded_samples_are_those_of_single_calls(layer_class: type, with_states: bool) -> None:
     model = Tagger(make(layer_class, batch_first=True, num_layers=2), with_states)
     x = torch.randn(3, 6, 5, dtype=torch.float64)
@@ -128,7 +129,7 @@ def test_folded_samples_are_those_of_single_calls(layer_class: type, with_states
     assert all(p.grad is not None for p in model.layer.parameters())
 
 
-@BOTH
+@EACH
 def test_what_cannot_be_folded(layer_class: type) -> None:
     class Packing(nn.Module):
         def __init__(self) -> None:
@@ -147,7 +148,7 @@ def test_what_cannot_be_folded(layer_class: type) -> None:
         fb.predict(Tagger(make(layer_class), False), x, 2)
 
 
-@BOTH
+@EACH
 def test_other_estimators(layer_class: type) -> None:
     """They would draw anew at each time step: refused where the layer is asked, left out where a model is."""
     with pytest.raises(ValueError, match=r"estimator must be one of 'shared', got 'local'"):
@@ -169,7 +170,7 @@ def test_other_estimators(layer_class: type) -> None:
     ],
     ids=["to", "assign", "deepcopy", "pickle"],
 )
-@BOTH
+@EACH
 def test_no_stale_weights(layer_class: type, change: Callable[[Any], Any]) -> None:
     """torch's layers hold their weights in a second list: it is right after whatever happened in between."""
     model = nn.Sequential(layer_class.replaces(5, 4, dtype=torch.float64))
@@ -238,7 +239,7 @@ def test_compiled(layer_class: type, backend: str) -> None:
 
 
 @pytest.mark.gpu
-@BOTH
+@EACH
 def test_cuda_equals_cpu(layer_class: type) -> None:
     """And without cuDNN's warning that the weights are scattered."""
     layer = layer_class(5, 4, num_layers=2, bidirectional=True)

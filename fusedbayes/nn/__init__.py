@@ -13,7 +13,7 @@ from fusedbayes.nn.embedding import BayesEmbedding
 from fusedbayes.nn.linear import BayesLinear, BayesTransposedLinear
 from fusedbayes.nn.module import BayesModule
 from fusedbayes.nn.random_tensor import RandomTensor
-from fusedbayes.nn.recurrent import BayesGRU, BayesLSTM
+from fusedbayes.nn.recurrent import BayesGRU, BayesLSTM, BayesRNN
 from fusedbayes.nn.traverse import VariationalParameter, bayes_modules, variational_parameters
 
 # Every layer: what `fusedbayes.to_bayesian` makes of the class that it replaces, or of none as long as the library that
@@ -23,7 +23,7 @@ LAYERS: tuple[type[BayesModule], ...] = (
     *(BayesConv1d, BayesConv2d, BayesConv3d),
     *(BayesConvTranspose1d, BayesConvTranspose2d, BayesConvTranspose3d),
     BayesEmbedding,
-    *(BayesLSTM, BayesGRU),
+    *(BayesLSTM, BayesGRU, BayesRNN),
     BayesMultiheadAttention,
 )
 
@@ -41,6 +41,7 @@ __all__ = [
     "BayesLinear",
     "BayesModule",
     "BayesMultiheadAttention",
+    "BayesRNN",
     "BayesTransposedLinear",
     "RandomTensor",
     "VariationalParameter",

@@ -103,11 +103,8 @@ class BayesMultiheadAttention(BayesModule):
     ) -> tuple[Tensor, Tensor | None]:
         """torch's attention with these weights."""
         query, key, value, key_padding_mask, attn_mask = inputs
-        stand_in: Any = self.stand_in(
-            **dict.fromkeys(self.random_tensors) | self._configuration() | tensors,
-            out_proj=StandIn(weight=out["weight"], bias=out.get("bias")),
-            training=self.training,
-        )
+        out_proj = StandIn(None, weight=out["weight"], bias=out.get("bias"))
+        stand_in: Any = self.stand_in(self, **tensors, out_proj=out_proj)
         return stand_in.forward(
             query,
             key,

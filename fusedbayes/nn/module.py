@@ -194,17 +194,13 @@ class BayesModule(RandomTensors):
         """A module of the class `replaces` that computes with the means: its parameters are these, not copies."""
         module = self.replaces.__new__(self.replaces)
         nn.Module.__init__(module)
-        vars(module).update(self._configuration())
+        vars(module).update({k: v for k, v in configuration(self).items() if k not in self.own_attributes})
         for name in self.random_tensors:
             module.register_parameter(name, self._tensor(f"{name}_mu"))
         for name in self.parts:
             part: Any = self.get_submodule(name)
             module.add_module(name, part.deterministic())
         return module.train(self.training)
-
-    def _configuration(self) -> dict[str, Any]:
-        """The attributes that a module of the class `replaces` has besides those of every module."""
-        return {key: value for key, value in configuration(self).items() if key not in self.own_attributes}
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -320,6 +316,12 @@ class BayesModule(RandomTensors):
             return super().__getattr__(name)
         mu = self._tensor(f"{name}_mu")
         return None if mu is None else RandomTensor(type(self).__name__, name, mu)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.random_tensors:
+            # As a parameter of its own it would take part in nothing.
+            raise AttributeError(f"{name!r} of {type(self).__name__} is random: assign {name}_mu and {name}_rho")
+        super().__setattr__(name, value)
 
     @torch.no_grad()
     def set_sigma(self, sigma: float | Tensor, name: str = "weight") -> None:
