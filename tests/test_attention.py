@@ -226,11 +226,11 @@ def test_a_layer_of_which_a_part_is_converted() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_compiled_transformer(training: bool) -> None:
-    model = fb.to_bayesian(nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)).train(training)
+def test_compiled_transformer() -> None:
+    """In evaluation, where torch asks for each weight before it decides against its inference path."""
+    model = fb.to_bayesian(nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)).eval()
     x = torch.randn(3, 5, 8)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    with torch.set_grad_enabled(training), fb.frozen_sample(model, 4):
+    with torch.no_grad(), fb.frozen_sample(model, 4):
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
