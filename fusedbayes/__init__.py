@@ -4,6 +4,7 @@ from fusedbayes import functional, nn, noise, reference, schedules
 from fusedbayes.convert import to_bayesian, to_deterministic
 from fusedbayes.diagnostics import gradient_balance, kl_report
 from fusedbayes.functional import gaussian_kl
+from fusedbayes.importers import load_foreign
 from fusedbayes.nn import (
     BayesConv1d,
     BayesConv2d,
@@ -38,6 +39,7 @@ __all__ = [
     "gradient_balance",
     "kl_loss",
     "kl_report",
+    "load_foreign",
     "mean_mode",
     "nn",
     "noise",
