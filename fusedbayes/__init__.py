@@ -17,6 +17,7 @@ from fusedbayes.nn import (
 from fusedbayes.objective import ELBO, ElboOutput, kl_loss
 from fusedbayes.ops.backend import Backend, backend_info, use_reference
 from fusedbayes.predict import Prediction, frozen_sample, mean_mode, predict
+from fusedbayes.pruning import prune
 from fusedbayes.version import __version__
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "nn",
     "noise",
     "predict",
+    "prune",
     "reference",
     "schedules",
     "to_bayesian",

@@ -222,6 +222,8 @@ def _refusal(module: Any) -> str | None:
     else:
         expected = {*{layer.replaces: layer for layer in LAYERS}[_class_of(module)].tensors_of(module)}
     held = {*module._parameters, *module._buffers}
+    if isinstance(module, BayesModule):
+        held -= {f"{name}_pruned" for name in module.random_tensors}
     if held != expected:
         # torch.nn.utils.weight_norm, pruning and parametrizations compute the weight from other tensors.
         return f"must hold {sorted(expected)} and no other tensors, got {sorted(held)}: remove reparametrisations first"

@@ -15,6 +15,10 @@ from fusedbayes.reference import ESTIMATORS, Estimator, GaussianParameter
 
 Layer = TypeVar("Layer", bound="BayesModule")
 
+# What a pruned weight has for rho: a sigma of 2^-60, about 1e-18, which no sum with another weight notices. No rho has
+# the sigma 0, and a much smaller one would draw subnormal numbers, which are slow.
+PRUNED_RHO = -60.0 * math.log(2.0)
+
 # What every module has, whatever its class.
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
@@ -24,9 +28,9 @@ class BayesModule(nn.Module):
 
     A random tensor `name` has the parameters ``{name}_mu`` and ``{name}_rho``, sigma = softplus(rho), and the prior in
     the buffers ``{name}_prior_mu`` and ``{name}_prior_sigma``: 0-d for a scalar prior, else of the tensor's shape. All
-    four are in the state_dict. The layer samples in training and evaluation mode alike; `fusedbayes.frozen_sample` and
-    `fusedbayes.mean_mode` change that for a while. The KL costs nothing unless it is asked for (`fusedbayes.kl_loss`,
-    `fusedbayes.ELBO`).
+    four are in the state_dict, and with them ``{name}_pruned``, a mask, where weights were pruned (`set_pruned`). The
+    layer samples in training and evaluation mode alike; `fusedbayes.frozen_sample` and `fusedbayes.mean_mode` change
+    that for a while. The KL costs nothing unless it is asked for (`fusedbayes.kl_loss`, `fusedbayes.ELBO`).
 
     Args:
         *args, **kwargs: those of the class that is replaced.
@@ -167,12 +171,20 @@ class BayesModule(nn.Module):
         nn.Module.__init__(module)
         vars(module).update({k: v for k, v in configuration(self).items() if k not in self.own_attributes})
         for name in self.random_tensors:
-            module.register_parameter(name, self._tensor(f"{name}_mu"))
+            mean, pruned = self._tensor(f"{name}_mu"), self.pruned(name)
+            if pruned is not None:  # what an optimizer may have made of weights that no forward sees
+                mean.data.masked_fill_(pruned, 0.0)
+            module.register_parameter(name, mean)
         return module.train(self.training)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draws the means as the replaced class draws its parameters; sets sigma and priors to the constructor's."""
+        """Draws the means as the replaced class draws its parameters; sets sigma and priors to the constructor's.
+
+        No weight is pruned afterwards.
+        """
+        for name in self.names():
+            self.set_pruned(None, name)
         module: Any = self.deterministic()
         module.reset_parameters()
         self._reset_sigmas_and_priors()
@@ -237,7 +249,10 @@ class BayesModule(nn.Module):
 
     def _charges(self) -> bool:
         """Whether this forward is to give the KL."""
-        return self._kl_wanted and self._kl_of_forward is None
+        # The KL of what is left of a pruned tensor is not one over the whole tensor, which a forward gives.
+        return (
+            self._kl_wanted and self._kl_of_forward is None and all(self.pruned(name) is None for name in self.names())
+        )
 
     def _record_kl(self, kl: Tensor) -> None:
         parameters = tuple(tensor for name in self.names() for tensor in self.posterior(name))
@@ -280,8 +295,13 @@ class BayesModule(nn.Module):
         return GaussianParameter(*self.posterior(name), *self.prior(name))
 
     def posterior(self, name: str) -> tuple[Tensor, Tensor]:
-        """mu and rho of the random tensor `name`."""
-        return self._tensor(f"{name}_mu"), self._tensor(f"{name}_rho")
+        """mu and rho of the random tensor `name`; of pruned weights those that `set_pruned` says, without gradients."""
+        mu, rho, pruned = self._tensor(f"{name}_mu"), self._tensor(f"{name}_rho"), self.pruned(name)
+        return (mu, rho) if pruned is None else (mu.masked_fill(pruned, 0.0), rho.masked_fill(pruned, PRUNED_RHO))
+
+    def pruned(self, name: str) -> Tensor | None:
+        """Which weights of the random tensor `name` are pruned, of its shape; None if none were."""
+        return self._buffers.get(f"{name}_pruned")
 
     def prior(self, name: str) -> tuple[Tensor, Tensor]:
         """prior_mu and prior_sigma of the random tensor `name`."""
@@ -304,8 +324,10 @@ class BayesModule(nn.Module):
         return torch.stack([self.kl_of(name) for name in self.names()]).sum()
 
     def kl_of(self, name: str) -> Tensor:
-        """The KL of one random tensor, 0-d."""
-        parameter = self.gaussian(name)
+        """The KL of one random tensor without its pruned weights, 0-d."""
+        parameter, pruned = self.gaussian(name), self.pruned(name)
+        if pruned is not None:
+            parameter = GaussianParameter(*(t if t.dim() == 0 else t[~pruned] for t in parameter))
         return functional.weight_kl(parameter.mu, parameter.rho, (parameter.prior_mu, parameter.prior_sigma))
 
     @torch.no_grad()
@@ -360,15 +382,54 @@ class BayesModule(nn.Module):
             sigma: a number > 0, or a tensor of the parameter's shape.
             name: of the random tensor (default "weight").
         """
-        _, rho = self.posterior(name)
+        rho = self._tensor(f"{name}_rho")
         check_fits(sigma, "sigma_init", rho.dtype, 0.0)
         if not isinstance(sigma, Tensor):
             sigma = torch.full((), sigma, device=rho.device)
         rho.copy_(reference.rho_from_sigma(sigma.to(reference.compute_dtype(rho))))
 
+    @torch.no_grad()
+    def set_pruned(self, pruned: Tensor | None, name: str = "weight") -> None:
+        """Takes weights out of one random tensor, as `fusedbayes.prune` does; replaces the mask of before.
+
+        A pruned weight has the mean 0 and a sigma of 2^-60 (about 1e-18), no part in the KL and no gradient, so that it
+        stays what it is in training. Its own rho stays in the parameter, but is not looked at. The mask is the buffer
+        ``{name}_pruned``, in the state_dict. Layers with tied weights want the same mask.
+
+        Args:
+            pruned: bool, of the parameter's shape: True where the weight goes. None: no weight is pruned any longer;
+                those that were go on from the mean 0 with their own rho.
+            name: of the random tensor (default "weight").
+
+        Raises:
+            TypeError: `pruned` is not a bool tensor.
+            ValueError: no such random tensor, one that is computed by a parametrization, or another shape.
+        """
+        if name not in self.names() or f"{name}_mu" not in self._parameters:
+            raise ValueError(
+                f"name must be one of {', '.join(map(repr, self.names()))}, not parametrized, got {name!r}"
+            )
+        if pruned is None:
+            self._buffers.pop(f"{name}_pruned", None)
+            return
+        mu = self._tensor(f"{name}_mu")
+        if not isinstance(pruned, Tensor) or pruned.dtype != torch.bool:
+            raise TypeError(f"pruned must be a bool tensor, got {describe(pruned)}")
+        if pruned.shape != mu.shape:
+            raise ValueError(f"pruned must have shape {tuple(mu.shape)}, got {tuple(pruned.shape)}")
+        with torch.inference_mode(False):
+            self.register_buffer(f"{name}_pruned", pruned.to(mu.device, copy=True))
+        mu.masked_fill_(pruned.to(mu.device), 0.0)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # A checkpoint may hold a scalar prior or one value per weight; the buffer takes the checkpoint's form.
+        # A checkpoint may hold a scalar prior or one value per weight, and pruned weights or none; the buffers take the
+        # checkpoint's form.
         for name in self.names():
+            if f"{prefix}{name}_mu" in state_dict and f"{prefix}{name}_rho" in state_dict:
+                pruned, mu = state_dict.get(f"{prefix}{name}_pruned"), self._tensor(f"{name}_mu")
+                self._buffers.pop(f"{name}_pruned", None)
+                if isinstance(pruned, Tensor):
+                    self.register_buffer(f"{name}_pruned", torch.zeros_like(mu, dtype=torch.bool))
             for part in ("prior_mu", "prior_sigma"):
                 saved, buffer = state_dict.get(f"{prefix}{name}_{part}"), getattr(self, f"{name}_{part}")
                 shapes = ((), getattr(self, f"{name}_mu").shape)
