@@ -1,6 +1,6 @@
 """Fused Bayesian layers for PyTorch: sampling, matmul and KL in one pass over the parameters."""
 
-from fusedbayes import functional, nn, noise, reference, schedules
+from fusedbayes import functional, nn, noise, priors, reference, schedules
 from fusedbayes.convert import to_bayesian, to_deterministic
 from fusedbayes.diagnostics import gradient_balance, kl_report
 from fusedbayes.functional import gaussian_kl
@@ -45,6 +45,7 @@ __all__ = [
     "nn",
     "noise",
     "predict",
+    "priors",
     "prune",
     "reference",
     "schedules",

@@ -17,6 +17,7 @@ from fusedbayes.diagnostics import Report
 from fusedbayes.nn import LAYERS
 from fusedbayes.nn.module import BayesModule
 from fusedbayes.nn.traverse import qualified_name, variational_parameters
+from fusedbayes.priors import Prior
 from fusedbayes.reference import Estimator
 
 Where = Callable[[str, nn.Module], bool] | str | type[nn.Module] | Iterable[str | type[nn.Module]]
@@ -49,6 +50,7 @@ def to_bayesian(
     where: Where | None = None,
     prior_mu: float = 0.0,
     prior_sigma: float | None = None,
+    prior: Prior | None = None,
     sigma_init: float | None = None,
     init: Literal["mean", "moped"] = "mean",
     delta: float | None = None,
@@ -73,8 +75,8 @@ def to_bayesian(
         model: any module, an nn.Linear too. It is changed and returned.
         where: which layers; None (default) all. A callable ``(name, module) -> bool``, a name or glob pattern of
             qualified names ("encoder.*"), a class, or several patterns and classes. The root's name is "".
-        prior_mu, prior_sigma, sigma_init, estimator: as for the layers, see `fusedbayes.nn.BayesModule`. A layer that
-            does not know the estimator keeps "shared".
+        prior_mu, prior_sigma, prior, sigma_init, estimator: as for the layers, see `fusedbayes.nn.BayesModule`. A layer
+            that does not know the estimator keeps "shared".
         init: "mean" (default): prior and sigma from the arguments. "moped": the prior means become a copy of the
             weights, and sigma = delta * |w| (Krishnan, Subedar and Tickoo, "Specifying weight priors in Bayesian deep
             neural networks with empirical Bayes", AAAI 2020); for a network that is trained already.
@@ -90,18 +92,22 @@ def to_bayesian(
         TypeError: `model` is not a module, or an argument is of the wrong type.
         ValueError: an argument is out of range; nothing can be converted; a layer that `where` picks is lazy,
             reparametrised or patched; the model is distributed already (DistributedDataParallel, FSDP), which would not
-            see rho; or "moped" is combined with prior_mu or sigma_init. The model is unchanged then.
+            see rho; "moped" is combined with prior_mu, prior or sigma_init, or prior with prior_mu or prior_sigma. The
+            model is unchanged then.
     """
     if init not in ("mean", "moped"):
         raise ValueError(f"init must be 'mean' or 'moped', got {init!r}")
     if init == "moped":
         delta = check_number(0.1 if delta is None else delta, "delta", positive=True)
-        if sigma_init is not None or prior_mu != 0.0:
-            raise ValueError("init='moped' sets prior_mu and sigma from the weights: leave prior_mu and sigma_init out")
+        if sigma_init is not None or prior_mu != 0.0 or prior is not None:
+            raise ValueError(
+                "init='moped' sets prior_mu and sigma from the weights: leave prior_mu, prior and sigma_init out"
+            )
     elif delta is not None:
         raise ValueError(f"delta is for init='moped', got delta={delta} with init={init!r}")
     check_estimator(estimator)
     options: dict[str, Any] = {"prior_mu": prior_mu, "prior_sigma": prior_sigma, "sigma_init": sigma_init}
+    options["prior"] = prior
     # Everything that can fail happens before the first change.
     counterparts = {layer.replaces: layer for layer in LAYERS}
     names, refusals = _select(model, counterparts, where)
@@ -109,7 +115,7 @@ def to_bayesian(
         raise ValueError("init='moped' needs the values of the weights, but some are on the meta device")
     converted = {name: counterparts[type(module)].__name__ for module, name in names.items()}
     report = _report(model, converted, refusals)
-    sources = {id(p.value.mu): (p.layer, p.name) for p in variational_parameters(model)}
+    sources = {id(p.mu): (p.layer, p.name) for p in variational_parameters(model)}
     twins: dict[nn.Module, nn.Module] = {}
     with torch.inference_mode(False):  # an inference tensor could not be trained
         for module in names:
@@ -191,7 +197,7 @@ def _report(model: nn.Module, converted: dict[str, str], refusals: dict[str, str
     return Report(
         ConversionRow(qualified_name(name), type(module).__name__, outcome(name, module))
         for name, module in model.named_modules()
-        if any(p is not None for p in module._parameters.values()) and not isinstance(module, BayesModule)
+        if any(p is not None for p in module._parameters.values()) and not isinstance(module, BayesModule | Prior)
     )
 
 
@@ -217,13 +223,10 @@ def _refusal(module: Any) -> str | None:
     if "forward" in vars(module):
         return "has a forward of its own, which a converted layer would not compute"
     if isinstance(module, BayesModule):
-        parts = ("mu", "rho", "prior_mu", "prior_sigma")
-        expected = {f"{name}_{part}" for name in module.random_tensors for part in parts}
+        expected = module.held_names()
     else:
         expected = {*{layer.replaces: layer for layer in LAYERS}[_class_of(module)].tensors_of(module)}
     held = {*module._parameters, *module._buffers}
-    if isinstance(module, BayesModule):
-        held -= {f"{name}_pruned" for name in module.random_tensors}
     if held != expected:
         # torch.nn.utils.weight_norm, pruning and parametrizations compute the weight from other tensors.
         return f"must hold {sorted(expected)} and no other tensors, got {sorted(held)}: remove reparametrisations first"
@@ -261,8 +264,7 @@ def _initialised(layer: BayesModule, delta: float | None, sources: dict[int, tup
         mean, _ = layer.posterior(name)
         first, first_name = sources.setdefault(id(mean), (layer, name))
         if first is not layer:
-            for part in ("rho", "prior_mu", "prior_sigma"):
-                setattr(layer, f"{name}_{part}", getattr(first, f"{first_name}_{part}"))
+            layer.share(name, first, first_name)
         elif delta is not None:
             values = mean.detach().to(reference.compute_dtype(mean))
             layer.set_prior(mean, layer.prior_sigma, name)
@@ -278,11 +280,15 @@ def _convert(model: nn.Module, twins: dict[nn.Module, nn.Module]) -> nn.Module:
     """
     own = BayesModule.own_attributes
     for module, twin in twins.items():
+        for child in module.prior_modules() if isinstance(module, BayesModule) else ():
+            del module._modules[child]
         for attribute in own:
             vars(module).pop(attribute, None)
         module.__class__ = type(twin)
         kept = {"_parameters", "_buffers", *own}
         vars(module).update({key: value for key, value in vars(twin).items() if key in kept})
+        if isinstance(twin, BayesModule):
+            module._modules.update(twin.prior_modules())
     for parent in model.modules():
         for kind, (attribute, off) in _SHORTCUTS.items():
             if isinstance(parent, kind):

@@ -86,7 +86,7 @@ def kl_report(model: nn.Module) -> Report[KLRow]:
         return KLRow(name, mu.numel(), *(value.item() for value in values))
 
     return Report(
-        row(f"{p.layer_name}.{p.name}".lstrip("."), p.layer.kl_of(p.name), p.value.mu, p.value.rho)
+        row(f"{p.layer_name}.{p.name}".lstrip("."), p.layer.kl_of(p.name), p.mu, p.rho)
         for p in variational_parameters(model)
     )
 

@@ -5,6 +5,7 @@ standard deviation and ``sigma = softplus(rho)``.
 """
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -26,6 +27,7 @@ from fusedbayes.arguments import (
 )
 from fusedbayes.checks import describe
 from fusedbayes.noise import Address, Role, check_coordinates
+from fusedbayes.recompute import recomputed
 from fusedbayes.reference import Estimator
 
 
@@ -100,6 +102,63 @@ def weight_kl(mu: Tensor, rho: Tensor, prior: Prior) -> Tensor:
     """
     check_parameter(mu, rho, "")
     return ops.weight_kl(*(as_matrix(t) for t in (mu, rho, *fused_prior(mu, prior, ""))))
+
+
+def weight_kl_estimate(
+    mu: Tensor,
+    rho: Tensor,
+    log_prob: Callable[[Tensor], Tensor],
+    *,
+    seed: int | Tensor | None = None,
+    sample: int | Tensor | None = None,
+    address: Address = Address(Role.WEIGHT),
+) -> Tensor:
+    """The KL of the weights N(mu, softplus(rho)^2) from any prior, estimated by one sample w of them.
+
+    The sum of log q(w) - log p(w) with w = mu + sigma eps: unbiased, and so are its gradients (Blundell et al., "Weight
+    uncertainty in neural networks", ICML 2015, equation 2 and proposition 1). Everything is computed a second time in
+    the backward pass, with the same noise; only the arguments and the seed are kept for it.
+
+    Args:
+        mu, rho: any shape, same floating dtype and device.
+        log_prob: gives log p(w), of w's shape, for w in float32 (float64 for float64 parameters). Tensors that it
+            depends on get their gradients too. It must not draw random numbers.
+        seed, sample, address: which noise, as for `sample_weight`.
+
+    Returns:
+        0-d float32 (float64 for float64 parameters), in nats; negative at times.
+
+    Raises:
+        TypeError, ValueError: as `sample_weight`; `log_prob` is not callable, or returns no tensor of w's shape.
+    """
+    check_parameter(mu, rho, "")
+    if not callable(log_prob):
+        raise TypeError(f"log_prob must be callable as log_prob(w), got {describe(log_prob)}")
+    check_address(address, "address", *reference.matrix_shape(mu))
+    dtype = reference.compute_dtype(mu)
+    key = seed_and_sample(seed, sample, mu.device)
+
+    def estimate(mu: Tensor, rho: Tensor, *key: Tensor) -> Tensor:
+        mu, sigma = mu.to(dtype), reference.sigma_from_rho(rho.to(dtype))
+        eps = _standard_normal(mu, *key, address=address)
+        log_p = log_prob(mu + sigma * eps)
+        if not isinstance(log_p, Tensor) or log_p.shape != mu.shape:
+            raise ValueError(
+                f"log_prob must return a tensor of the shape of w, {tuple(mu.shape)}, got {describe(log_p)}"
+            )
+        log_q = -0.5 * eps.square() - sigma.log() - 0.5 * math.log(2.0 * math.pi)
+        return (log_q - log_p).sum(dtype=dtype)
+
+    return recomputed(estimate, mu, rho, *(tensor for tensor in key if tensor is not None))
+
+
+def _standard_normal(like: Tensor, seed: Tensor, sample: Tensor | None = None, *, address: Address) -> Tensor:
+    """eps of the shape and dtype of `like`: sampled weights whose mean is 0 and whose deviation is 1."""
+    rows, columns = reference.matrix_shape(like)
+    mu, sigma = (torch.full((), value, dtype=like.dtype, device=like.device) for value in (0.0, 1.0))
+    moments = (tensor.expand(rows, columns) for tensor in (mu, reference.rho_from_sigma(sigma)))
+    eps, _ = ops.sample_weight(*moments, None, None, seed, sample, address, like.dtype, False)
+    return eps.view(like.shape)
 
 
 def sample_weight(

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from fusedbayes import reference
-from fusedbayes.arguments import Prior
-from fusedbayes.checks import check_module, check_number, describe
+from fusedbayes.checks import check_module, describe
 from fusedbayes.diagnostics import Report
-from fusedbayes.nn.module import BayesModule, check_fits
+from fusedbayes.nn.module import BayesModule
 from fusedbayes.nn.traverse import qualified_name
+from fusedbayes.priors import Normal, Prior, ScaleMixture
 
 Library = Literal["bayesian-torch", "torchbnn", "blitz", "torch-uncertainty"]
 
@@ -116,9 +116,9 @@ def load_foreign(
         source: a state_dict, as ``torch.load("model.pt")`` gives it, or the other library's model itself.
         library: "bayesian-torch", "torchbnn", "blitz" (blitz-bayesian-pytorch) or "torch-uncertainty".
         prior: of every random tensor. None (default): the source's own, which models have, and checkpoints of
-            torch-uncertainty, but no checkpoints of the others. ``(prior_mu, prior_sigma)``: numbers; sigma is a
-            standard deviation, and so is bayesian-torch's `prior_variance`. "keep": the priors that `model` has, say
-            because they differ from layer to layer.
+            torch-uncertainty, but no checkpoints of the others. A prior, such as ``priors.Normal(0.0, 1.0)``; its sigma
+            is a standard deviation, and so is bayesian-torch's `prior_variance`. "keep": the priors that `model` has,
+            say because they differ from layer to layer.
 
     Returns:
         An `ImportRow` for each random tensor; ``print(report)`` shows a table.
@@ -140,17 +140,20 @@ def load_foreign(
         tensors = {key: value for key, value in source.state_dict().items() if not key.startswith(unused)}
     if not isinstance(tensors, Mapping) or not all(isinstance(key, str) for key in tensors):
         raise TypeError(f"source must be a state_dict or a module, got {describe(source)}")
+    if prior is not None and prior != "keep" and not isinstance(prior, Prior):
+        raise TypeError(f"prior must be a fusedbayes.priors.Prior, 'keep' or None, got {describe(prior)}")
     if not any(isinstance(module, BayesModule) for module in model.modules()):
         raise ValueError("model has no Bayesian layer to load into: convert it with fusedbayes.to_bayesian first")
     translation = _Translation(model, tensors, library)
     translation.check()
     found = translation.found
-    priors = [None if prior == "keep" else _checked(prior or _prior_of(t, tensors, modules, library), t) for t in found]
+    priors = [] if prior == "keep" else [prior or _prior_of(tensor, tensors, modules, library) for tensor in found]
+    for tensor, its_prior in zip(found, priors, strict=False):
+        _check_fits(its_prior, tensor)
     # From here on nothing fails.
     model.load_state_dict(translation.state, strict=False)
-    for tensor, its_prior in zip(found, priors, strict=True):
-        if its_prior is not None:
-            tensor.layer.set_prior(*its_prior, tensor.name)
+    for tensor, its_prior in zip(found, priors, strict=False):
+        tensor.layer.set_prior(its_prior, name=tensor.name)
     return Report(t.row() for t in found)
 
 
@@ -175,9 +178,10 @@ class _Found(NamedTuple):
         return _join(self.path, of) if of in ("ih", "hh") else self.path
 
     def row(self) -> ImportRow:
-        prior = ", ".join(f"{t.item():.4g}" if t.dim() == 0 else "per weight" for t in self.layer.prior(self.name))
+        prior = self.layer.prior_of(self.name)
         size = self.layer.posterior(self.name)[0].numel()
-        return ImportRow(_join(self.path, self.name), size, f"{self.mu}, {self.scale}", f"N({prior})")
+        shown = f"{type(prior).__name__}({prior.extra_repr()})"
+        return ImportRow(_join(self.path, self.name), size, f"{self.mu}, {self.scale}", shown)
 
 
 class _Translation:
@@ -199,7 +203,8 @@ class _Translation:
         for path, module in model.named_modules(remove_duplicate=False):
             if isinstance(module, BayesModule):
                 self._translate(path, module)
-                others = {key: value for key, value in others.items() if key.rpartition(".")[0] != path}
+                paths = {path, *(_join(path, prior) for prior in module.prior_modules())}
+                others = {key: value for key, value in others.items() if key.rpartition(".")[0] not in paths}
         for key, value in others.items():
             name = qualified_name(key)
             if self._take(name, value):
@@ -264,47 +269,39 @@ class _Translation:
         raise ValueError(f"source does not fit model as {self._library}'s\n  " + "\n  ".join(problems))
 
 
-def _prior_of(
-    tensor: _Found, tensors: Mapping[str, Any], modules: Mapping[str, Any], library: str
-) -> tuple[float | Tensor, float | Tensor]:
+def _prior_of(tensor: _Found, tensors: Mapping[str, Any], modules: Mapping[str, Any], library: str) -> Prior:
     """The prior that the source gives a random tensor."""
     path, kind = tensor.holder, tensor.kind
     module = modules.get(path)
     if library == "torch-uncertainty":
         pi, sigmas = (tensors.get(_join(path, f"{kind}_prior_dist.{part}")) for part in ("pi", "sigmas"))
         if isinstance(pi, Tensor) and isinstance(sigmas, Tensor):
-            return _mixture(tensor, pi[0].item(), *sigmas.tolist())
+            return _mixture(pi[0].item(), *sigmas.tolist())
     elif library == "bayesian-torch":
         names = [f"prior_{kind}_{part}" for part in ("mu", "sigma")]
         mu, sigma = (getattr(module, name, tensors.get(_join(path, name))) for name in names)
         if isinstance(mu, Tensor) and isinstance(sigma, Tensor):
-            return _collapsed(mu), _collapsed(sigma)
+            return Normal(_collapsed(mu), _collapsed(sigma))
     elif library == "torchbnn" and module is not None:
-        return module.prior_mu, module.prior_sigma
+        return Normal(module.prior_mu, module.prior_sigma)
     elif library == "blitz" and module is not None:
         held_by = getattr(module, f"{kind}_prior_dist")
         if held_by.dist2 is not None:
-            return _mixture(tensor, held_by.pi, held_by.sigma1, held_by.sigma2)
+            return _mixture(held_by.pi, held_by.sigma1, held_by.sigma2)
         if type(held_by.dist1) is torch.distributions.Normal:
-            return _collapsed(held_by.dist1.loc), _collapsed(held_by.dist1.scale)
-        raise ValueError(f"the prior of {path!r} is {held_by.dist1}: pass prior=(mu, sigma), or 'keep' for the model's")
+            return Normal(_collapsed(held_by.dist1.loc), _collapsed(held_by.dist1.scale))
+        raise ValueError(f"the prior of {path!r} is {held_by.dist1}: pass one of fusedbayes.priors, or 'keep'")
     raise ValueError(
-        f"source does not hold the prior of {_join(tensor.path, tensor.name)!r}: pass prior=(prior_mu, prior_sigma) as "
-        f"{library}'s layers were constructed with, or the {library} model itself as source, or prior='keep' for the "
-        f"priors that model has"
+        f"source does not hold the prior of {_join(tensor.path, tensor.name)!r}: pass prior, such as "
+        f"fusedbayes.priors.Normal(0.0, 1.0), as {library}'s layers were constructed with; or the {library} model "
+        f"itself as source; or prior='keep' for the priors that model has"
     )
 
 
-def _mixture(tensor: _Found, pi: float, sigma_1: float, sigma_2: float) -> tuple[float, float]:
-    """pi N(0, sigma_1^2) + (1 - pi) N(0, sigma_2^2)."""
-    if pi == 1.0 or sigma_1 == sigma_2:
-        return 0.0, sigma_1
-    if pi == 0.0:
-        return 0.0, sigma_2
-    raise ValueError(
-        f"the prior of {_join(tensor.path, tensor.name)!r} is a scale mixture ({pi}, {sigma_1}, {sigma_2}), which the "
-        f"layers do not have: pass prior=(mu, sigma), or 'keep' for the model's"
-    )
+def _mixture(pi: float, sigma_1: float, sigma_2: float) -> Prior:
+    if pi in (0.0, 1.0) or sigma_1 == sigma_2:
+        return Normal(0.0, sigma_2 if pi == 0.0 else sigma_1)
+    return ScaleMixture(pi, sigma_1, sigma_2)
 
 
 def _collapsed(values: Tensor) -> float | Tensor:
@@ -313,23 +310,14 @@ def _collapsed(values: Tensor) -> float | Tensor:
     return first.item() if bool((values == first).all()) else values
 
 
-def _checked(prior: Any, tensor: _Found) -> tuple[float | Tensor, float | Tensor]:
-    """The prior, if it can be that of the random tensor."""
-    if not isinstance(prior, tuple) or len(prior) != 2:
-        raise TypeError(f"prior must be (prior_mu, prior_sigma), 'keep' or None, got {describe(prior)}")
+def _check_fits(prior: Prior, tensor: _Found) -> None:
+    """Raises ValueError unless the layer can have the prior, in its dtype."""
     like = tensor.layer.posterior(tensor.name)[0]
-    for part, value, least in (
-        ("prior_mu", prior[0], -torch.finfo(like.dtype).max),
-        ("prior_sigma", prior[1], torch.finfo(like.dtype).tiny),
-    ):
-        if not isinstance(value, Tensor):
-            value = check_number(value, part, positive=part == "prior_sigma")
-        elif value.shape != like.shape or not value.isfinite().all() or value.min() < least:
-            raise ValueError(
-                f"{part} of {_join(tensor.path, tensor.name)!r} must be finite, of shape {tuple(like.shape)}"
-            )
-        check_fits(value, part, like.dtype, least)
-    return prior
+    prior.check_fits(like)
+    if type(prior) is Normal:
+        mu, sigma = prior.mu.to(like.dtype), prior.sigma.to(like.dtype)
+        if not (mu.isfinite().all() and sigma.isfinite().all() and (sigma >= torch.finfo(like.dtype).tiny).all()):
+            raise ValueError(f"{prior} is no prior of {_join(tensor.path, tensor.name)!r} in {like.dtype}")
 
 
 def _join(path: str, name: str) -> str:

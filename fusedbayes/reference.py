@@ -73,6 +73,16 @@ def weight_kl(parameter: GaussianParameter) -> Tensor:
     return gaussian_kl(parameter.mu, sigma, parameter.prior_mu, parameter.prior_sigma).sum()
 
 
+def scale_mixture_log_prob(w: Tensor, pi: Tensor, sigma_1: Tensor, sigma_2: Tensor) -> Tensor:
+    """log(pi N(w; 0, sigma_1^2) + (1 - pi) N(w; 0, sigma_2^2)) per element, where both densities may underflow."""
+    shares = (pi.log(), torch.log1p(-pi))
+    first, second = (
+        share - sigma.log() - 0.5 * (w / sigma).square()
+        for share, sigma in zip(shares, (sigma_1, sigma_2), strict=True)
+    )
+    return torch.logaddexp(first, second) - 0.5 * math.log(2.0 * math.pi)
+
+
 def weight_noise(mu: Tensor, seed: Tensor, sample: int | Tensor, address: Address) -> Tensor:
     """eps of mu's shape, in the dtype that arithmetic on mu is done in.
 

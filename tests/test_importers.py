@@ -116,11 +116,11 @@ def test_a_checkpoint_needs_its_prior_named(case: Case) -> None:
     else:
         if case.library == "blitz":
             state = {name: value for name, value in state.items() if not name.startswith("1.bias")}
-        with pytest.raises(ValueError, match=r"does not hold the prior of '0\.weight': pass prior="):
+        with pytest.raises(ValueError, match=r"does not hold the prior of '0\.weight': pass prior, such as"):
             fb.load_foreign(ours, state, case.library)
         torch.testing.assert_close(ours.state_dict(), before, rtol=0, atol=0)
     fb.load_foreign(ours, state, case.library, prior="keep")
-    fb.load_foreign(ours, state, case.library, prior=(0.5, 2.0))
+    fb.load_foreign(ours, state, case.library, prior=fb.priors.Normal(0.5, 2.0))
     for parameter in variational_parameters(ours):
         assert parameter.layer.prior(parameter.name) == (0.5, 2.0)
 
@@ -130,7 +130,7 @@ def test_keeps_the_priors_of_the_model() -> None:
     ours[0].set_prior(3.0, 4.0)
     report = fb.load_foreign(ours, theirs, "torchbnn", prior="keep")
     assert ours[0].prior("weight") == (3.0, 4.0)
-    assert report[0].prior == "N(3, 4)"
+    assert report[0].prior == "Normal(mu=3, sigma=4)"
 
 
 @libraries
@@ -144,7 +144,7 @@ def test_everything_that_does_not_fit_is_named_before_anything_changes(case: Cas
     del state["2.weight"], state[f"1.{scale}"]
     state.pop("1.weight_rho", None)  # BLiTZ's second name of it
     with pytest.raises(ValueError, match="does not fit") as error:
-        fb.load_foreign(ours, state, case.library, prior=(0.0, 1.0))
+        fb.load_foreign(ours, state, case.library, prior=fb.priors.Normal())
     message = str(error.value)
     assert f"missing: '1.{scale}', '2.weight'" in message
     assert "'new.name'" in message
@@ -166,9 +166,15 @@ def test_errors() -> None:
         fb.load_foreign(ours, "model.pt", "torchbnn")
     with pytest.raises(ValueError, match="model has no Bayesian layer"):
         fb.load_foreign(nn.Linear(2, 2), theirs, "torchbnn")
-    for prior, error in ((("0", 1.0), TypeError), ((0.0, -1.0), ValueError), (0.5, TypeError), ("keeps", TypeError)):
-        with pytest.raises(error, match="prior"):
+    for prior in (0.5, (0.0, 1.0), "keeps"):
+        with pytest.raises(TypeError, match=r"prior must be a fusedbayes\.priors\.Prior, 'keep' or None, got"):
             fb.load_foreign(ours, theirs, "torchbnn", prior=prior)
+    before = {name: value.clone() for name, value in ours.half().state_dict().items()}
+    with pytest.raises(ValueError, match=r"is no prior of '0\.weight' in torch\.float16"):
+        fb.load_foreign(ours, theirs, "torchbnn", prior=fb.priors.Normal(0.0, 1e-9))
+    with pytest.raises(ValueError, match=r"prior's mu must have shape \(\) or \(4, 4\)"):
+        fb.load_foreign(ours, theirs, "torchbnn", prior=fb.priors.Normal(torch.zeros(3)))
+    torch.testing.assert_close(ours.state_dict(), before, rtol=0, atol=0)
 
 
 def test_blitz_samples_from_parameters_that_part_from_those_of_the_layer() -> None:
@@ -184,7 +190,7 @@ def test_blitz_samples_from_parameters_that_part_from_those_of_the_layer() -> No
 def test_blitz_keeps_a_bias_that_it_does_not_use() -> None:
     theirs, ours = next(case for case in LINEAR_CASES if case.library == "blitz").pair()
     with pytest.raises(ValueError, match=r"unexpected: '1.bias_mu'(.|\n)*even with bias=False"):
-        fb.load_foreign(ours, theirs.state_dict(), "blitz", prior=(0.0, 1.0))
+        fb.load_foreign(ours, theirs.state_dict(), "blitz", prior=fb.priors.Normal())
     with pytest.raises(ValueError, match=r"missing: '1.bias_sampler.mu', '1.bias_sampler.rho'"):
         fb.load_foreign(nn.Sequential(fb.BayesLinear(4, 4), fb.BayesLinear(4, 4), nn.PReLU()), theirs, "blitz")
 
@@ -211,3 +217,42 @@ def test_dtype_of_the_model_stays(case: Case, dtype: torch.dtype) -> None:
     ):
         sigma = reference.sigma_from_rho(parameter.value.rho.double())
         torch.testing.assert_close(sigma, q.stddev, rtol=rtol, atol=0)
+
+
+@pytest.mark.parametrize("library", ["blitz", "torch-uncertainty"])
+def test_scale_mixtures(library: str) -> None:
+    kind = {"blitz": "BayesianLinear", "torch-uncertainty": "BayesLinear"}[library]
+    theirs = foreign.layer(library, kind, 4, 3, prior=(0.0, 0.5), prior_sigma_2=0.01, prior_pi=0.25)
+    ours = fb.BayesLinear(4, 3)
+    fb.load_foreign(ours, theirs, library)
+    for name in ("weight", "bias"):
+        prior = ours.prior_of(name)
+        assert isinstance(prior, fb.priors.ScaleMixture)
+        assert [round(t.item(), 6) for t in (prior.pi, prior.sigma_1, prior.sigma_2)] == [0.25, 0.5, 0.01]
+    theirs = foreign.layer(library, kind, 4, 3, prior=(0.0, 0.5), prior_sigma_2=0.01, prior_pi=0)
+    fb.load_foreign(ours, theirs, library)
+    torch.testing.assert_close(ours.prior("weight")[1].item(), 0.01)
+
+
+def test_a_distribution_as_the_prior_of_blitz() -> None:
+    ours = fb.BayesLinear(4, 3)
+    normal = torch.distributions.Normal(0.5, 2.0)
+    fb.load_foreign(ours, foreign.layer("blitz", "BayesianLinear", 4, 3, prior=(0, 1), prior_dist=normal), "blitz")
+    assert ours.prior("weight") == (0.5, 2.0)
+    laplace = torch.distributions.Laplace(0.5, 2.0)
+    with pytest.raises(ValueError, match="the prior of '' is Laplace"):
+        fb.load_foreign(ours, foreign.layer("blitz", "BayesianLinear", 4, 3, prior=(0, 1), prior_dist=laplace), "blitz")
+
+
+def test_checkpoints_of_bayesian_torch_that_hold_the_prior() -> None:
+    theirs, ours = LINEAR_CASES[0].pair()
+    state = theirs.state_dict()
+    for index, names in ((0, ("weight", "bias")), (1, ("weight",))):
+        for name in names:
+            for part in ("mu", "sigma"):
+                state[f"{index}.prior_{name}_{part}"] = getattr(theirs[index], f"prior_{name}_{part}")
+    with torch.no_grad():
+        state["0.prior_weight_sigma"][0, 0] = 7.0  # one for each weight
+    fb.load_foreign(ours, state, "bayesian-torch")
+    assert torch.equal(ours[0].prior("weight")[1], state["0.prior_weight_sigma"])
+    assert ours[1].prior("weight")[0].dim() == 0

@@ -133,6 +133,43 @@ def test_kl_with_a_prior_for_each_weight() -> None:
     torch.testing.assert_close(model[0].kl_of("weight"), kl, rtol=1e-5, atol=0)
 
 
+PRIORS: Any = [
+    fb.priors.Laplace(0.1, 0.3),
+    fb.priors.Laplace(torch.zeros(3, 5), torch.rand(3, 5) + 0.1),
+    fb.priors.LearnedNormal(),
+    fb.priors.ScaleMixture(),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("prior", PRIORS, ids=["laplace", "laplace-per-weight", "learned", "mixture"])
+def test_kl_under_other_priors(prior: fb.priors.Prior, dtype: torch.dtype) -> None:
+    layer = fb.BayesLinear(5, 3, bias=False, dtype=dtype)
+    layer.set_prior(prior)
+    layer.set_sigma(0.1)
+    mask = torch.rand(3, 5) < 0.6
+    whole = torch.stack([layer.kl_of("weight") for _ in range(100)]).mean()
+    layer.set_pruned(mask)
+    kls = torch.stack([layer.kl_of("weight") for _ in range(100)])
+    kls[0].backward()
+    for parameter in (layer.weight_mu, layer.weight_rho):
+        assert (parameter.grad[mask] == 0).all()
+        assert parameter.grad.isfinite().all()
+    # By torch.distributions and many samples of the weights that are left.
+    mu, rho = (t.detach().float()[~mask] for t in layer.posterior("weight"))
+    q = Normal(mu, sigma_from_rho(rho))
+    of_all = layer.prior_of("weight")
+    w = torch.zeros(20000, 3, 5)
+    w[:, ~mask] = q.rsample((20000,))
+    expected = (q.log_prob(w[:, ~mask]) - of_all.log_prob(w)[:, ~mask]).sum(1)
+    error = (expected.var() / 20000 + kls.var() / 100).sqrt()
+    assert abs(kls.mean() - expected.mean()) < 5 * error + 1e-4
+    assert kls.mean() < whole
+    layer.set_pruned(torch.ones(3, 5, dtype=torch.bool))
+    # Nothing but the rounding of 15 logarithms of 1e-18, and of the squares of normals.
+    assert layer.kl_of("weight").abs() < 1e-3
+
+
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @layers
 def test_training_goes_on_with_the_others(make: Any, shape: tuple[int, ...], estimator: str) -> None:

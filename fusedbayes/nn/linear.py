@@ -8,6 +8,7 @@ from fusedbayes import functional
 from fusedbayes.arguments import check_linear
 from fusedbayes.checks import check_count
 from fusedbayes.nn.module import BayesModule
+from fusedbayes.priors import Prior
 from fusedbayes.reference import Estimator
 
 
@@ -24,6 +25,8 @@ class BayesLinear(BayesModule):
         prior_mu: mean of the prior of every weight and bias (default 0).
         prior_sigma: its standard deviation; None (default) means 1 / sqrt(in_features), so that the outputs of a layer
             keep their scale under the prior however wide it is.
+        prior: in their place, a prior of any kind (`fusedbayes.priors`); weights and biases get a copy each (default
+            None).
         sigma_init: initial standard deviation of the posterior; None (default) means 0.1 / sqrt(in_features), about a
             sixth of the spread of the initial means.
         estimator: how the output is sampled. "shared" (default): one draw of the weights for the whole batch. "local":
@@ -35,14 +38,15 @@ class BayesLinear(BayesModule):
     Attributes:
         weight_mu, weight_rho: (out_features, in_features) parameters.
         bias_mu, bias_rho: (out_features,) parameters, or None.
-        weight_prior_mu, weight_prior_sigma, bias_prior_mu, bias_prior_sigma: buffers, see `BayesModule`.
+        weight_prior_mu, weight_prior_sigma, bias_prior_mu, bias_prior_sigma: buffers of a Normal prior, see
+            `BayesModule`.
 
     Shape:
         (..., in_features) to (..., out_features), any leading dimensions.
 
     Raises:
         TypeError: a size is not an int, or a scale not a number.
-        ValueError: a size, a standard deviation or the estimator is out of its range.
+        ValueError: a size, a standard deviation or the estimator is out of its range, or a prior is given twice.
     """
 
     replaces = nn.Linear
@@ -66,6 +70,7 @@ class BayesLinear(BayesModule):
         *,
         prior_mu: float = 0.0,
         prior_sigma: float | None = None,
+        prior: Prior | None = None,
         sigma_init: float | None = None,
         estimator: Estimator = "shared",
         device: torch.device | str | None = None,
@@ -77,6 +82,7 @@ class BayesLinear(BayesModule):
             bias,
             prior_mu=prior_mu,
             prior_sigma=prior_sigma,
+            prior=prior,
             sigma_init=sigma_init,
             estimator=estimator,
             device=device,
@@ -93,8 +99,11 @@ class BayesLinear(BayesModule):
         if draw is None:
             return F.linear(check_linear(input, *weight, *bias), weight[0], bias[0])
         same_input = False
-        has_bias = bias[0] is not None
         with_kl = self._charges()
+        weight_prior = bias_prior = None
+        if not self.prior_modules():
+            # Also where no KL is wanted: a checkpoint saves the same tensors then.
+            weight_prior, bias_prior = self.prior("weight"), None if bias[0] is None else self.prior("bias")
         if not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and self._fold is not None:
             # With gradients a checkpoint would not find the repetition again.
             if (repeated := self._fold.repeated) is not None and repeated.is_(input):
@@ -103,8 +112,8 @@ class BayesLinear(BayesModule):
             input,
             *weight,
             *bias,
-            weight_prior=self.prior("weight"),
-            bias_prior=self.prior("bias") if has_bias else None,
+            weight_prior=weight_prior,
+            bias_prior=bias_prior,
             with_kl=with_kl,
             seed=draw.seed,
             sample=draw.sample,

@@ -10,33 +10,34 @@ from fusedbayes import functional, reference
 from fusedbayes.arguments import check_estimator
 from fusedbayes.checks import check_number, describe
 from fusedbayes.nn.context import Draw, Fold, FrozenNoise, FusedKL, MeanWeights
+from fusedbayes.nn.prior import RandomTensors, check_fits
 from fusedbayes.noise import Address, draw_seed
-from fusedbayes.reference import ESTIMATORS, Estimator, GaussianParameter
+from fusedbayes.priors import Prior
+from fusedbayes.reference import ESTIMATORS, Estimator
 
 Layer = TypeVar("Layer", bound="BayesModule")
-
-# What a pruned weight has for rho: a sigma of 2^-60, about 1e-18, which no sum with another weight notices. No rho has
-# the sigma 0, and a much smaller one would draw subnormal numbers, which are slow.
-PRUNED_RHO = -60.0 * math.log(2.0)
 
 # What every module has, whatever its class.
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
-class BayesModule(nn.Module):
+class BayesModule(RandomTensors):
     """Base class of the Bayesian layers: a module of the class `replaces` whose parameters are random.
 
     A random tensor `name` has the parameters ``{name}_mu`` and ``{name}_rho``, sigma = softplus(rho), and the prior in
-    the buffers ``{name}_prior_mu`` and ``{name}_prior_sigma``: 0-d for a scalar prior, else of the tensor's shape. All
-    four are in the state_dict, and with them ``{name}_pruned``, a mask, where weights were pruned (`set_pruned`). The
-    layer samples in training and evaluation mode alike; `fusedbayes.frozen_sample` and `fusedbayes.mean_mode` change
-    that for a while. The KL costs nothing unless it is asked for (`fusedbayes.kl_loss`, `fusedbayes.ELBO`).
+    the buffers ``{name}_prior_mu`` and ``{name}_prior_sigma``: 0-d for a scalar prior, else of the tensor's shape. One
+    that is not Normal is the child module ``{name}_prior`` instead. Where weights were pruned (`set_pruned`), the mask
+    is the buffer ``{name}_pruned``. All of it is in the state_dict. The layer samples in training and evaluation mode
+    alike; `fusedbayes.frozen_sample` and `fusedbayes.mean_mode` change that for a while. The KL costs nothing unless it
+    is asked for (`fusedbayes.kl_loss`, `fusedbayes.ELBO`).
 
     Args:
         *args, **kwargs: those of the class that is replaced.
         prior_mu: mean of the prior of every random tensor (default 0).
         prior_sigma: its standard deviation; None (default) means 1 / sqrt(fan_in), so that the outputs of a layer keep
             their scale under the prior however wide it is.
+        prior: in their place, a prior of any kind (`fusedbayes.priors`), of which each random tensor gets a copy
+            (default None).
         sigma_init: initial standard deviation of the posterior; None (default) means 0.1 / sqrt(fan_in).
         estimator: how the output is sampled, one of `estimators`. "shared" (default): one draw of the weights for the
             whole batch. "local": each row's outputs from their own distribution, with less noise in the gradients.
@@ -52,7 +53,8 @@ class BayesModule(nn.Module):
 
     Raises:
         TypeError: a scale is not a number, or dtype not floating-point; and what the replaced class raises.
-        ValueError: a standard deviation or the estimator is out of its range; and what the replaced class raises.
+        ValueError: a standard deviation or the estimator is out of its range, or a prior is given twice; and what the
+            replaced class raises.
     """
 
     replaces: ClassVar[type[nn.Module]]
@@ -76,7 +78,7 @@ class BayesModule(nn.Module):
     }
     # What a Bayesian layer has beyond the attributes of the class that it replaces.
     own_attributes: ClassVar[frozenset[str]] = frozenset(
-        {*_TRANSIENT, "prior_mu", "prior_sigma", "sigma_init", "_estimator", "random_tensors", "addresses"}
+        {*_TRANSIENT, *RandomTensors.PRIOR_ATTRIBUTES, "sigma_init", "_estimator", "random_tensors", "addresses"}
     )
 
     def __init__(
@@ -84,6 +86,7 @@ class BayesModule(nn.Module):
         *args: Any,
         prior_mu: float = 0.0,
         prior_sigma: float | None = None,
+        prior: Prior | None = None,
         sigma_init: float | None = None,
         estimator: Estimator = "shared",
         **kwargs: Any,
@@ -94,7 +97,8 @@ class BayesModule(nn.Module):
         device = kwargs.pop("device", None)
         device = torch.get_default_device() if device is None else device
         # Nothing is drawn before everything is checked.
-        self._become(self.replaces(*args, device="meta", **kwargs), prior_mu, prior_sigma, sigma_init, estimator)
+        deterministic = self.replaces(*args, device="meta", **kwargs)
+        self._become(deterministic, prior_mu, prior_sigma, sigma_init, estimator, prior)
         self.to_empty(device=device)
         self.reset_parameters()
 
@@ -105,12 +109,13 @@ class BayesModule(nn.Module):
         *,
         prior_mu: float = 0.0,
         prior_sigma: float | None = None,
+        prior: Prior | None = None,
         sigma_init: float | None = None,
         estimator: Estimator = "shared",
     ) -> Layer:
         """The Bayesian counterpart of a module of the class `replaces`, whose parameters *are* its means."""
         layer = cls.__new__(cls)
-        layer._become(deterministic, prior_mu, prior_sigma, sigma_init, estimator)
+        layer._become(deterministic, prior_mu, prior_sigma, sigma_init, estimator, prior)
         return layer
 
     def _become(
@@ -120,13 +125,13 @@ class BayesModule(nn.Module):
         prior_sigma: float | None,
         sigma_init: float | None,
         estimator: Estimator,
+        prior: Prior | None = None,
     ) -> None:
         nn.Module.__init__(self)
         vars(self).update(self._TRANSIENT)
         vars(self).update(configuration(deterministic))
         scale = 1.0 / math.sqrt(self.fan_in)
-        self.prior_mu = check_number(prior_mu, "prior_mu")
-        self.prior_sigma = check_number(scale if prior_sigma is None else prior_sigma, "prior_sigma", positive=True)
+        self._take_prior(prior, prior_mu, prior_sigma, scale)
         self.sigma_init = check_number(0.1 * scale if sigma_init is None else sigma_init, "sigma_init", positive=True)
         self.estimator = estimator
         self.random_tensors = self.tensors_of(deterministic)
@@ -149,11 +154,6 @@ class BayesModule(nn.Module):
     @property
     def fan_in(self) -> int:
         raise NotImplementedError
-
-    @property
-    def batched_dims(self) -> int:
-        """Dimensions that an input has at least if the first of them is the batch."""
-        return 2
 
     @property
     def estimator(self) -> Estimator:
@@ -184,7 +184,7 @@ class BayesModule(nn.Module):
         No weight is pruned afterwards.
         """
         for name in self.names():
-            self.set_pruned(None, name)
+            self._buffers.pop(f"{name}_pruned", None)
         module: Any = self.deterministic()
         module.reset_parameters()
         self._reset_sigmas_and_priors()
@@ -192,7 +192,7 @@ class BayesModule(nn.Module):
     @torch.no_grad()
     def _reset_sigmas_and_priors(self) -> None:
         for name in self.names():
-            self._fill_prior(name, self.prior_mu, self.prior_sigma)
+            self._reset_prior(name)
             self.set_sigma(self.sigma_init, name)
 
     @property
@@ -228,8 +228,7 @@ class BayesModule(nn.Module):
             drawn[name], kl = functional.sample_weight(
                 mu,
                 rho,
-                prior=self.prior(name),  # with the KL or without: a checkpoint has to find the same tensors saved
-                with_kl=with_kl,
+                prior=self.prior(name) if with_kl else None,
                 seed=draw.seed,
                 sample=draw.sample_of(index),
                 address=draw.addresses[name],
@@ -248,11 +247,8 @@ class BayesModule(nn.Module):
         return draw._replace(seed=draw_seed(device))
 
     def _charges(self) -> bool:
-        """Whether this forward is to give the KL."""
-        # The KL of what is left of a pruned tensor is not one over the whole tensor, which a forward gives.
-        return (
-            self._kl_wanted and self._kl_of_forward is None and all(self.pruned(name) is None for name in self.names())
-        )
+        """Whether this forward is to give the KL: where a prior is not Normal, or weights are pruned, `kl_of` does."""
+        return self._kl_wanted and self._kl_of_forward is None and self.has_fused_kl()
 
     def _record_kl(self, kl: Tensor) -> None:
         parameters = tuple(tensor for name in self.names() for tensor in self.posterior(name))
@@ -260,16 +256,15 @@ class BayesModule(nn.Module):
 
     def _samples_in(self, input: Tensor) -> int:
         """For how many Monte Carlo samples the input of this forward holds rows."""
-        is_batch = isinstance(input, Tensor) and input.dim() >= self.batched_dims
-        fold, rows = self._fold, input.shape[0] if is_batch else 0
+        fold, rows = self._fold, input.shape[0] if isinstance(input, Tensor) and input.dim() > 1 else 0
         if fold is None and not torch.compiler.is_compiling() and self._recalls:
             fold = self._recalled(rows)
         if fold is None or fold.num_samples == 1 or not isinstance(input, Tensor):
             return 1
-        if not is_batch or not fold.holds(rows):
+        if not fold.holds(rows) or input.dim() < 2:
             raise ValueError(
                 f"the model runs {fold.num_samples} Monte Carlo samples of a batch of {fold.batch} as one along "
-                f"dimension 0, but {type(self).__name__} got {tuple(input.shape)}, which is no batch of a multiple of "
+                f"dimension 0, but a Bayesian layer got {tuple(input.shape)}, whose dimension 0 is no multiple of "
                 f"{fold.num_samples * fold.batch}: pass samples_at_once=1 to run them one by one"
             )
         return fold.num_samples
@@ -286,94 +281,6 @@ class BayesModule(nn.Module):
             )
         return folds.pop() if folds else None
 
-    def names(self) -> list[str]:
-        """The random tensors that the layer has: without a bias, "bias" is not among them."""
-        return [name for name in self.random_tensors if self._tensor(f"{name}_mu") is not None]
-
-    def gaussian(self, name: str) -> GaussianParameter:
-        """mu, rho, prior_mu and prior_sigma of the random tensor `name`."""
-        return GaussianParameter(*self.posterior(name), *self.prior(name))
-
-    def posterior(self, name: str) -> tuple[Tensor, Tensor]:
-        """mu and rho of the random tensor `name`; of pruned weights those that `set_pruned` says, without gradients."""
-        mu, rho, pruned = self._tensor(f"{name}_mu"), self._tensor(f"{name}_rho"), self.pruned(name)
-        return (mu, rho) if pruned is None else (mu.masked_fill(pruned, 0.0), rho.masked_fill(pruned, PRUNED_RHO))
-
-    def pruned(self, name: str) -> Tensor | None:
-        """Which weights of the random tensor `name` are pruned, of its shape; None if none were."""
-        return self._buffers.get(f"{name}_pruned")
-
-    def prior(self, name: str) -> tuple[Tensor, Tensor]:
-        """prior_mu and prior_sigma of the random tensor `name`."""
-        return self._tensor(f"{name}_prior_mu"), self._tensor(f"{name}_prior_sigma")
-
-    def _tensor(self, attribute: str) -> Any:
-        # From where torch.nn.Module keeps it: its own way there takes several times as long. A parametrized tensor is
-        # not kept, but computed by a property.
-        for held in (self._parameters, self._buffers):
-            if attribute in held:
-                return held[attribute]
-        return getattr(self, attribute)
-
-    def kl_loss(self) -> Tensor:
-        """KL of the posterior from the prior, summed over the layer's parameters; see `fusedbayes.kl_loss`.
-
-        Returns:
-            0-d float32 tensor (float64 for float64 parameters) in nats, differentiable.
-        """
-        return torch.stack([self.kl_of(name) for name in self.names()]).sum()
-
-    def kl_of(self, name: str) -> Tensor:
-        """The KL of one random tensor without its pruned weights, 0-d."""
-        parameter, pruned = self.gaussian(name), self.pruned(name)
-        if pruned is not None:
-            parameter = GaussianParameter(*(t if t.dim() == 0 else t[~pruned] for t in parameter))
-        return functional.weight_kl(parameter.mu, parameter.rho, (parameter.prior_mu, parameter.prior_sigma))
-
-    @torch.no_grad()
-    def set_prior(self, mu: float | Tensor, sigma: float | Tensor, name: str = "weight") -> None:
-        """Sets the prior N(mu, sigma^2) of one random tensor, by copy.
-
-        Layers with tied weights are charged with the prior of the first of them: set it there.
-
-        Args:
-            mu, sigma: numbers, or tensors of the parameter's shape; sigma is a standard deviation > 0.
-            name: of the random tensor, "weight" (default) or "bias".
-
-        Raises:
-            TypeError: `mu` or `sigma` is neither a number nor a floating-point tensor.
-            ValueError: no such random tensor, a shape that is neither () nor the parameter's, or a sigma that is not
-                positive and finite.
-        """
-        if name not in self.names():
-            raise ValueError(f"name must be one of {', '.join(map(repr, self.names()))}, got {name!r}")
-        like = self.gaussian(name).mu
-        for part, value, positive in (("prior_mu", mu, False), ("prior_sigma", sigma, True)):
-            if not isinstance(value, Tensor):
-                check_number(value, part, positive=positive)
-                continue
-            if not value.is_floating_point():
-                raise TypeError(f"{part} must be a number or a floating-point tensor, got {describe(value)}")
-            if value.shape not in ((), like.shape):
-                raise ValueError(f"{part} must have shape () or {tuple(like.shape)}, got {tuple(value.shape)}")
-            rounded = value.to(like.dtype)
-            if not torch.isfinite(rounded).all() or (positive and not (rounded > 0).all()):
-                raise ValueError(
-                    f"{part} must be finite{' and positive' if positive else ''} in {like.dtype}, got {value}"
-                )
-        self._fill_prior(name, mu, sigma)
-
-    def _fill_prior(self, name: str, mu: float | Tensor, sigma: float | Tensor) -> None:
-        like = self.gaussian(name).mu
-        check_fits(mu, "prior_mu", like.dtype, -torch.finfo(like.dtype).max)
-        check_fits(sigma, "prior_sigma", like.dtype, torch.finfo(like.dtype).tiny)
-        for part, value in (("prior_mu", mu), ("prior_sigma", sigma)):
-            # A copy: a prior that shared storage with mu would move with it. Never an inference tensor: training
-            # could not save it for the backward pass.
-            with torch.inference_mode(False):
-                new = value.detach().to(like, copy=True) if isinstance(value, Tensor) else like.new_full((), value)
-            setattr(self, f"{name}_{part}", new)
-
     @torch.no_grad()
     def set_sigma(self, sigma: float | Tensor, name: str = "weight") -> None:
         """Sets the posterior's standard deviation of one random tensor.
@@ -388,70 +295,12 @@ class BayesModule(nn.Module):
             sigma = torch.full((), sigma, device=rho.device)
         rho.copy_(reference.rho_from_sigma(sigma.to(reference.compute_dtype(rho))))
 
-    @torch.no_grad()
-    def set_pruned(self, pruned: Tensor | None, name: str = "weight") -> None:
-        """Takes weights out of one random tensor, as `fusedbayes.prune` does; replaces the mask of before.
-
-        A pruned weight has the mean 0 and a sigma of 2^-60 (about 1e-18), no part in the KL and no gradient, so that it
-        stays what it is in training. Its own rho stays in the parameter, but is not looked at. The mask is the buffer
-        ``{name}_pruned``, in the state_dict. Layers with tied weights want the same mask.
-
-        Args:
-            pruned: bool, of the parameter's shape: True where the weight goes. None: no weight is pruned any longer;
-                those that were go on from the mean 0 with their own rho.
-            name: of the random tensor (default "weight").
-
-        Raises:
-            TypeError: `pruned` is not a bool tensor.
-            ValueError: no such random tensor, one that is computed by a parametrization, or another shape.
-        """
-        if name not in self.names() or f"{name}_mu" not in self._parameters:
-            raise ValueError(
-                f"name must be one of {', '.join(map(repr, self.names()))}, not parametrized, got {name!r}"
-            )
-        if pruned is None:
-            self._buffers.pop(f"{name}_pruned", None)
-            return
-        mu = self._tensor(f"{name}_mu")
-        if not isinstance(pruned, Tensor) or pruned.dtype != torch.bool:
-            raise TypeError(f"pruned must be a bool tensor, got {describe(pruned)}")
-        if pruned.shape != mu.shape:
-            raise ValueError(f"pruned must have shape {tuple(mu.shape)}, got {tuple(pruned.shape)}")
-        with torch.inference_mode(False):
-            self.register_buffer(f"{name}_pruned", pruned.to(mu.device, copy=True))
-        mu.masked_fill_(pruned.to(mu.device), 0.0)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # A checkpoint may hold a scalar prior or one value per weight, and pruned weights or none; the buffers take the
-        # checkpoint's form.
-        for name in self.names():
-            if f"{prefix}{name}_mu" in state_dict and f"{prefix}{name}_rho" in state_dict:
-                pruned, mu = state_dict.get(f"{prefix}{name}_pruned"), self._tensor(f"{name}_mu")
-                self._buffers.pop(f"{name}_pruned", None)
-                if isinstance(pruned, Tensor):
-                    self.register_buffer(f"{name}_pruned", torch.zeros_like(mu, dtype=torch.bool))
-            for part in ("prior_mu", "prior_sigma"):
-                saved, buffer = state_dict.get(f"{prefix}{name}_{part}"), getattr(self, f"{name}_{part}")
-                shapes = ((), getattr(self, f"{name}_mu").shape)
-                if isinstance(saved, Tensor) and saved.shape in shapes and saved.shape != buffer.shape:
-                    with torch.inference_mode(False):
-                        setattr(self, f"{name}_{part}", buffer.new_empty(saved.shape))
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **self._TRANSIENT}
 
     def extra_repr(self) -> str:
-        own = f"{self._prior_repr()}, estimator={self.estimator!r}"
-        return ", ".join(filter(None, (self.deterministic().extra_repr(), own)))
-
-    def _prior_repr(self) -> str:
-        """N(mu, sigma) of the first random tensor's prior, or that it is given per weight."""
-        _, _, mu, sigma = self.gaussian(self.names()[0])
-        if mu.is_meta:
-            return "prior=meta"
-        values = [f"{t.item():.4g}" if t.dim() == 0 else "per weight" for t in (mu, sigma)]
-        return f"prior_mu={values[0]}, prior_sigma={values[1]}"
+        parts = (self.deterministic().extra_repr(), self._prior_repr(), f"estimator={self.estimator!r}")
+        return ", ".join(filter(None, parts))
 
 
 def configuration(module: nn.Module) -> dict[str, Any]:
@@ -465,10 +314,3 @@ def product_dtype(mu: Tensor) -> torch.dtype:
     if kind != "meta" and torch.is_autocast_enabled(kind) and mu.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
     return mu.dtype
-
-
-def check_fits(value: float | Tensor, name: str, dtype: torch.dtype, least: float) -> None:
-    """Raises ValueError unless the number `value` lies between `least` and the largest number of `dtype`."""
-    most = torch.finfo(dtype).max
-    if not isinstance(value, Tensor) and not least <= value <= most:
-        raise ValueError(f"{name} must lie in [{least:.4g}, {most:.4g}] for {dtype}, got {value}")

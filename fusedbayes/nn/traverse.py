@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from fusedbayes.checks import check_module
 from fusedbayes.nn.module import BayesModule
@@ -21,8 +21,18 @@ class VariationalParameter(NamedTuple):
     name: str
 
     @property
+    def mu(self) -> Tensor:
+        """The means."""
+        return self.layer.posterior(self.name)[0]
+
+    @property
+    def rho(self) -> Tensor:
+        """Of which sigma = softplus(rho)."""
+        return self.layer.posterior(self.name)[1]
+
+    @property
     def value(self) -> GaussianParameter:
-        """mu, rho and the prior."""
+        """mu, rho and the prior, if it is Normal."""
         return self.layer.gaussian(self.name)
 
     @property
