@@ -11,7 +11,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 FOLDER = "kernels/cpu"
-SOURCES = ("fused.cpp", "passes.h")  # fusedbayes.kernels.cpu.native computes the same hash
+SOURCES = ("fused.cpp", "passes.h", "mixture.h")  # fusedbayes.kernels.cpu.native computes the same hash
 LIBRARY = "libfused.so.1"  # and looks for this name
 
 content = b"".join((Path(__file__).parent / FOLDER / name).read_bytes() for name in SOURCES)
@@ -31,7 +31,7 @@ setup(
         Extension(
             "fusedbayes.kernels.cpu._fused",
             [f"{FOLDER}/fused.cpp"],
-            depends=[f"{FOLDER}/passes.h"],
+            depends=[f"{FOLDER}/{name}" for name in SOURCES[1:]],
             define_macros=[("FUSEDBAYES_SOURCE_HASH", f"{source_hash}u")],
             extra_compile_args=[
                 "-std=c++17",

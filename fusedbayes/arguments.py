@@ -91,6 +91,37 @@ def fused_prior(mu: Tensor, prior: Prior, prefix: str) -> tuple[Tensor, Tensor]:
     return _as_operand(prior_mu, mu), _as_operand(prior_sigma, mu)
 
 
+# Bounds of a scale mixture's deviations: their squares and the squares of their inverses fit float32.
+SMALLEST_SCALE, LARGEST_SCALE = 1e-15, 1e15
+
+
+def check_share(value: float, name: str) -> None:
+    """Raises TypeError or ValueError unless the number is between 0 and 1, and neither in float32."""
+    check_number(value, name)
+    if not 0.0 < torch.tensor(value, dtype=torch.float32, device="cpu").item() < 1.0:
+        raise ValueError(f"{name} must lie between 0 and 1 in float32, got {value}")
+
+
+def check_scale(value: float, name: str) -> None:
+    """Raises TypeError or ValueError unless the number is a standard deviation that a scale mixture may have."""
+    if not SMALLEST_SCALE <= check_number(value, name, positive=True) <= LARGEST_SCALE:
+        raise ValueError(f"{name} must lie in [{SMALLEST_SCALE:g}, {LARGEST_SCALE:g}], got {value}")
+
+
+def scale_mixture_number(mu: Tensor, name: str, value: float | Tensor) -> Tensor:
+    """A scale mixture's pi, sigma_1 or sigma_2 as the operators take it: 0-d, of the dtype of arithmetic."""
+    if not isinstance(value, Tensor):
+        (check_share if name == "pi" else check_scale)(value, name)
+    tensor = like(mu, value, name)
+    if tensor.dim() != 0 or tensor.requires_grad:
+        grad = " that requires grad" if tensor.requires_grad else ""
+        raise ValueError(
+            f"{name} must be a number or a 0-d tensor without grad, got {describe(tensor)}{grad}: a mixture that is "
+            "learnt, or differs by weight, takes weight_kl_estimate"
+        )
+    return tensor.to(reference.compute_dtype(mu))
+
+
 def _as_operand(prior: Tensor, mu: Tensor) -> Tensor:
     if prior.dtype == torch.float64:
         # A prior that NumPy made does not make float32 parameters worth float64 arithmetic.

@@ -23,6 +23,7 @@ from fusedbayes.arguments import (
     fused_prior,
     like,
     prior_tensors,
+    scale_mixture_number,
     seed_and_sample,
 )
 from fusedbayes.checks import describe
@@ -150,6 +151,42 @@ def weight_kl_estimate(
         return (log_q - log_p).sum(dtype=dtype)
 
     return recomputed(estimate, mu, rho, *(tensor for tensor in key if tensor is not None))
+
+
+def scale_mixture_kl(
+    mu: Tensor,
+    rho: Tensor,
+    *,
+    pi: float | Tensor,
+    sigma_1: float | Tensor,
+    sigma_2: float | Tensor,
+    seed: int | Tensor | None = None,
+    sample: int | Tensor | None = None,
+    address: Address = Address(Role.WEIGHT),
+) -> Tensor:
+    """The KL of the weights from pi N(0, sigma_1^2) + (1 - pi) N(0, sigma_2^2), estimated by one sample w of them.
+
+    What `weight_kl_estimate` gives for this prior (Blundell et al., "Weight uncertainty in neural networks", ICML 2015,
+    equation 7) and the same noise, by one fused pass over mu and rho; another one for the gradients.
+
+    Args:
+        mu, rho: any shape, same floating dtype and device.
+        pi: share of the first, between 0 and 1; a number or a 0-d tensor that does not require grad.
+        sigma_1, sigma_2: standard deviations, likewise, between 1e-15 and 1e15.
+        seed, sample, address: which noise, as for `sample_weight`.
+
+    Returns:
+        0-d float32 (float64 for float64 parameters), in nats; negative at times.
+
+    Raises:
+        TypeError, ValueError: as `sample_weight`; pi or a deviation is a number out of its range, a tensor that is not
+            0-d or one that requires grad.
+    """
+    check_parameter(mu, rho, "")
+    mixture = [scale_mixture_number(mu, *named) for named in (("pi", pi), ("sigma_1", sigma_1), ("sigma_2", sigma_2))]
+    check_address(address, "address", *reference.matrix_shape(mu))
+    noise = (*seed_and_sample(seed, sample, mu.device), address)
+    return ops.scale_mixture_kl(as_matrix(mu), as_matrix(rho), *mixture, *noise)
 
 
 def _standard_normal(like: Tensor, seed: Tensor, sample: Tensor | None = None, *, address: Address) -> Tensor:

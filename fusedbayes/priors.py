@@ -10,13 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from fusedbayes import functional, reference
-from fusedbayes.arguments import check_parameter
+from fusedbayes.arguments import check_parameter, check_scale, check_share
 from fusedbayes.checks import check_number, describe
 from fusedbayes.noise import Address
 from fusedbayes.recompute import recomputed
-
-# Of scales that are multiplied or divided twice: their squares and the squares of their inverses fit float32.
-SMALLEST_SCALE, LARGEST_SCALE = 1e-15, 1e15
 
 
 class Prior(nn.Module):
@@ -216,7 +213,7 @@ class Laplace(Prior):
 class ScaleMixture(Prior):
     """pi N(0, sigma_1^2) + (1 - pi) N(0, sigma_2^2): a wide Normal for some weights, a narrow one for the others.
 
-    The KL is the estimate of one sample in log space. Source: Blundell et al., "Weight uncertainty in neural networks",
+    The KL is the estimate of one sample in log space, by a fused pass. Source: Blundell et al., "Weight uncertainty in neural networks",
     ICML 2015, equation 7, where sigma_1 > sigma_2; here either may be the larger.
 
     Args:
@@ -235,16 +232,20 @@ class ScaleMixture(Prior):
 
     def __init__(self, pi: float = 0.5, sigma_1: float = math.exp(-1.0), sigma_2: float = math.exp(-7.0)) -> None:
         super().__init__()
+        check_share(pi, "pi")
         self.register_buffer("pi", _number(pi, "pi"))
-        if not 0.0 < self.pi.float() < 1.0:
-            raise ValueError(f"pi must lie between 0 and 1 in float32, got {pi}")
         for name, value in (("sigma_1", sigma_1), ("sigma_2", sigma_2)):
-            if not SMALLEST_SCALE <= check_number(value, name, positive=True) <= LARGEST_SCALE:
-                raise ValueError(f"{name} must lie in [{SMALLEST_SCALE:g}, {LARGEST_SCALE:g}], got {value}")
+            check_scale(value, name)
             self.register_buffer(name, _number(value, name))
 
     def log_prob(self, w: Tensor) -> Tensor:
         return reference.scale_mixture_log_prob(w, self.pi, self.sigma_1, self.sigma_2)
+
+    def weight_kl(self, mu: Tensor, rho: Tensor, **noise: Any) -> Tensor:
+        if type(self) is not ScaleMixture:  # but one that overrides kl or log_prob
+            return super().weight_kl(mu, rho, **noise)
+        mixture = {"pi": self.pi, "sigma_1": self.sigma_1, "sigma_2": self.sigma_2}
+        return functional.scale_mixture_kl(mu, rho, **mixture, **noise)
 
 
 def _mean_distance(shift: Tensor, sigma: Tensor) -> Tensor:

@@ -83,6 +83,24 @@ def scale_mixture_log_prob(w: Tensor, pi: Tensor, sigma_1: Tensor, sigma_2: Tens
     return torch.logaddexp(first, second) - 0.5 * math.log(2.0 * math.pi)
 
 
+def scale_mixture_kl(
+    mu: Tensor,
+    rho: Tensor,
+    pi: Tensor,
+    sigma_1: Tensor,
+    sigma_2: Tensor,
+    seed: Tensor,
+    sample: int | Tensor = 0,
+    address: Address = Address(),
+) -> Tensor:
+    """The sum of log q(w) - log p(w) for w = mu + sigma eps and the prior of `scale_mixture_log_prob`."""
+    dtype = compute_dtype(mu)
+    sigma, eps = sigma_from_rho(rho.to(dtype)), weight_noise(mu, seed, sample, address)
+    log_q = -0.5 * eps.square() - sigma.log() - 0.5 * math.log(2.0 * math.pi)
+    w = mu.to(dtype) + sigma * eps
+    return (log_q - scale_mixture_log_prob(w, *(t.to(dtype) for t in (pi, sigma_1, sigma_2)))).sum()
+
+
 def weight_noise(mu: Tensor, seed: Tensor, sample: int | Tensor, address: Address) -> Tensor:
     """eps of mu's shape, in the dtype that arithmetic on mu is done in.
 

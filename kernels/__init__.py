@@ -20,6 +20,8 @@ _MODULES = {
     "philox_words": "noise",
     "sample_weight": "sample",
     "sample_weight_backward": "sample_backward",
+    "scale_mixture_kl": "mixture",
+    "scale_mixture_kl_backward": "mixture",
     "select_config": "select",
     "select_tile_config": "select",
     "weight_kl": "sample",

@@ -34,6 +34,16 @@ def sigma_from_rho(rho):
 
 
 @triton.jit
+def sigma_and_slope(rho):
+    """Sigma, and sigmoid(rho) / sigma, at most 1 where 1 / sigma would overflow; 0 below sigma's floor.
+
+    With t = exp(-|rho|) it is (t if rho < 0 else 1) / (sigma (1 + t)).
+    """
+    t, sigma = _exp_and_sigma(rho)
+    return sigma, tl.where(rho < 0.0, t, 1.0) * reciprocal(sigma * t + sigma)
+
+
+@triton.jit
 def kl_terms(mu, sigma, prior_mu, prior_sigma):
     """What varies in the KL of a weight: a logarithm to base 2, and two numbers whose squares are added up.
 
@@ -73,12 +83,9 @@ def kl_from_sums(logarithms, squares, centres):
 def gaussian_gradients(grad_mu, grad_sigma, grad_kl, mu, rho, prior_mu, prior_sigma, WITH_KL: tl.constexpr):
     """dmu = G + k (mu - m0) and drho = (H + k sigma - g / sigma) sigmoid(rho), with k = g / s0^2.
 
-    G and H, `grad_mu` and `grad_sigma`, are what the output says of mu and sigma; g = dL/dKL is `grad_kl`. With
-    t = exp(-|rho|), sigmoid(rho) / sigma is (t if rho < 0 else 1) / (sigma (1 + t)): at most 1, while g / sigma would
-    overflow. Below sigma's floor t is 0, and with it drho.
+    G and H, `grad_mu` and `grad_sigma`, are what the output says of mu and sigma; g = dL/dKL is `grad_kl`.
     """
-    t, sigma = _exp_and_sigma(rho)
-    sigmoid_over_sigma = tl.where(rho < 0.0, t, 1.0) * reciprocal(sigma * t + sigma)
+    sigma, sigmoid_over_sigma = sigma_and_slope(rho)
     dmu = grad_mu
     factor = grad_sigma
     if WITH_KL:

@@ -93,6 +93,14 @@ def sum_quads(tile):
 
 
 @triton.jit
+def sum_difference_of_squares_of_quads(first, second, start):
+    """(R, 4 Q) twice to (R, Q): `start`, and of four adjacent columns the first's squares less the second's."""
+    a, b, c, d = _split(first)
+    e, f, g, h = _split(second)
+    return start + a * a - e * e + b * b - f * f + c * c - g * g + d * d - h * h
+
+
+@triton.jit
 def sum_squares_of_quads(first, second, start):
     """(R, 4 Q) twice to (R, Q): `start` and the squares of four adjacent columns of both, one multiply-add each."""
     a, b, c, d = _split(first)

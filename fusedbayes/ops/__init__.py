@@ -18,7 +18,8 @@ from fusedbayes.ops import autograd, cpu, cuda, eager, fake
 # int would have torch.compile compile every Monte Carlo sample anew; None means 0. Parameters are 2-D, a bias in
 # bayes_linear 1-D. Without with_kl no KL is computed, and the KL that is returned has no element; the prior is kept for
 # the backward pass all the same, so that a checkpointed forward saves the same tensors with and without. Likewise
-# gradients that are not needed, or of a bias that there is none of, have no element. The rows of x are num_samples
+# gradients that are not needed, or of a bias that there is none of, have no element. A scale mixture is three numbers,
+# 0-d, that have no gradients. The rows of x are num_samples
 # batches, one for each Monte Carlo sample from `sample` on, or with same_input one batch for all of them. slope is what
 # the local estimator keeps for its backward pass, the outputs' derivative by their variance; of the other estimators it
 # has no element and the shape (0, num_samples), by which a checkpoint that is repeated for another number is found out.
@@ -28,6 +29,10 @@ _SCHEMAS = {
     "sample_weight_backward": """(Tensor? grad_weight, Tensor? grad_kl, Tensor mu, Tensor rho, Tensor? prior_mu,
         Tensor? prior_sigma, Tensor? seed, Tensor? sample, int[] address) -> (Tensor grad_mu, Tensor grad_rho)""",
     "weight_kl": "(Tensor mu, Tensor rho, Tensor prior_mu, Tensor prior_sigma) -> Tensor",
+    "scale_mixture_kl": """(Tensor mu, Tensor rho, Tensor pi, Tensor sigma_1, Tensor sigma_2, Tensor seed,
+        Tensor? sample, int[] address) -> Tensor""",
+    "scale_mixture_kl_backward": """(Tensor grad_kl, Tensor mu, Tensor rho, Tensor pi, Tensor sigma_1, Tensor sigma_2,
+        Tensor seed, Tensor? sample, int[] address) -> (Tensor grad_mu, Tensor grad_rho)""",
     "bayes_linear": """(Tensor x, Tensor weight_mu, Tensor weight_rho, Tensor? weight_prior_mu,
         Tensor? weight_prior_sigma, Tensor? bias_mu, Tensor? bias_rho, Tensor? bias_prior_mu, Tensor? bias_prior_sigma,
         Tensor seed, Tensor? sample, int[] weight_address, int[] bias_address, int num_samples, bool same_input,
@@ -69,4 +74,5 @@ def _entry(name: str) -> Callable[..., Any]:
 
 sample_weight = _entry("sample_weight")
 weight_kl = _entry("weight_kl")
+scale_mixture_kl = _entry("scale_mixture_kl")
 bayes_linear = _entry("bayes_linear")

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fusedbayes.ops import cpu, eager
 
-DIFFERENTIABLE = ("sample_weight", "weight_kl", "bayes_linear")
-BACKWARD = ("sample_weight_backward", "bayes_linear_backward")
+DIFFERENTIABLE = ("sample_weight", "weight_kl", "scale_mixture_kl", "bayes_linear")
+BACKWARD = ("sample_weight_backward", "scale_mixture_kl_backward", "bayes_linear_backward")
 _CPU = {name: cpu.implementation(name) for name in DIFFERENTIABLE + BACKWARD}
 
 
@@ -104,6 +104,21 @@ class _WeightKL(_Operator):
         return *grads, None, None
 
 
+class _ScaleMixtureKL(_Operator):
+    name = "scale_mixture_kl"
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        return _Operator.run(ctx, _ScaleMixtureKL.name, arguments, 7)
+
+    @staticmethod
+    def backward(ctx: Any, grad_kl: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            return _Operator.differentiable_backward(ctx, _ScaleMixtureKL.name, grad_kl)
+        grads = _call("scale_mixture_kl_backward", grad_kl, *ctx.saved_tensors, *ctx.rest)
+        return *grads, *[None] * 6
+
+
 class _BayesLinear(_Operator):
     name = "bayes_linear"
 
@@ -161,6 +176,10 @@ def sample_weight(*arguments: Any) -> Any:
 
 def weight_kl(*arguments: Any) -> Any:
     return _dispatch(_WeightKL, *arguments)
+
+
+def scale_mixture_kl(*arguments: Any) -> Any:
+    return _dispatch(_ScaleMixtureKL, *arguments)
 
 
 def bayes_linear(*arguments: Any) -> Any:

@@ -83,6 +83,47 @@ def weight_kl(mu: Tensor, rho: Tensor, prior_mu: Tensor | None, prior_sigma: Ten
     return reference.weight_kl(GaussianParameter(mu, rho, prior_mu, prior_sigma))
 
 
+def scale_mixture_kl(
+    mu: Tensor,
+    rho: Tensor,
+    pi: Tensor,
+    sigma_1: Tensor,
+    sigma_2: Tensor,
+    seed: Tensor,
+    sample: Tensor | None,
+    address: Sequence[int],
+) -> Tensor:
+    return reference.scale_mixture_kl(mu, rho, pi, sigma_1, sigma_2, seed, _or_zero(sample), Address(*address))
+
+
+def scale_mixture_kl_backward(
+    grad_kl: Tensor,
+    mu: Tensor,
+    rho: Tensor,
+    pi: Tensor,
+    sigma_1: Tensor,
+    sigma_2: Tensor,
+    seed: Tensor,
+    sample: Tensor | None,
+    address: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    dtype = compute_dtype(mu)
+    pi, sigma_1, sigma_2 = (tensor.to(dtype) for tensor in (pi, sigma_1, sigma_2))
+    softplus = F.softplus(rho.to(dtype), threshold=40.0)
+    sigma, eps = softplus.clamp(min=SIGMA_FLOOR), reference.weight_noise(mu, seed, _or_zero(sample), Address(*address))
+    w = mu.to(dtype) + sigma * eps
+    first, second = w / sigma_1, w / sigma_2
+    # Of the densities of both at w: two squares would lose what differs.
+    log_ratio = pi.log() - torch.log1p(-pi) - (sigma_1 / sigma_2).log() + 0.5 * (second - first) * (second + first)
+    # -d log p / dw
+    slope = first * (torch.sigmoid(log_ratio) / sigma_1) + second * (torch.sigmoid(-log_ratio) / sigma_2)
+    # Below the floor sigma is constant.
+    sigmoid = torch.sigmoid(rho.to(dtype)).masked_fill_(softplus < SIGMA_FLOOR, 0.0)
+    # sigmoid / sigma is at most 1, while grad_kl / sigma may overflow.
+    grad_rho = grad_kl * (slope * eps * sigmoid - sigmoid / sigma)
+    return (grad_kl * slope).to(mu.dtype), grad_rho.to(rho.dtype)
+
+
 def bayes_linear(
     x: Tensor,
     weight_mu: Tensor,

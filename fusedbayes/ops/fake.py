@@ -25,6 +25,14 @@ def weight_kl(mu: Tensor, *_: Any) -> Tensor:
     return _kl(mu, True)
 
 
+def scale_mixture_kl(mu: Tensor, *_: Any) -> Tensor:
+    return _kl(mu, True)
+
+
+def scale_mixture_kl_backward(grad_kl: Any, mu: Tensor, rho: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return mu.new_empty(mu.shape), rho.new_empty(rho.shape)
+
+
 def bayes_linear(x: Tensor, weight_mu: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     *_, num_samples, same_input, estimator, with_kl = rest
     y = x.new_empty((num_samples * x.shape[0] if same_input else x.shape[0], weight_mu.shape[0]))

@@ -39,6 +39,13 @@ struct Operand {
 using Worker = void (*)(void*);
 using Parallel = void (*)(Worker, void*, unsigned threads, unsigned flags);  // GOMP_parallel of the runtime in use
 
+// pi N(0, s_1^2) + (1 - pi) N(0, s_2^2) as kernels/cpu/mixture.py prepares it: the larger s is the wide one's.
+struct Mixture {
+    float wide, wide_inverse, narrow_inverse;
+    float log_odds;  // of the wide one's density over the narrow one's, with their shares, at 0
+    float log_share;  // of the wide one
+};
+
 // Words of 64 bits, as native.py packs them: first what belongs to a call, then what belongs to the parameter.
 struct Problem {
     Parallel parallel;
@@ -53,6 +60,7 @@ struct Problem {
     Operand grad_product;       // dL by what multiplies mu, if it is not grad_sampled
     Operand grad_mu, grad_rho;  // results
     int64_t accumulate;         // they are added to what is there
+    const Mixture* mixture;     // the prior, if it is a scale mixture: then the passes are those of mixture.h
 };
 
 struct Noise {
@@ -92,6 +100,7 @@ TARGET_BEGIN("avx512f,avx512dq,avx512vl,avx512bw,avx2,fma")
 #define isa avx512
 #define LANES 16
 #include "passes.h"
+#include "mixture.h"
 #undef LANES
 #undef isa
 TARGET_END
@@ -100,6 +109,7 @@ TARGET_BEGIN("avx2,fma")
 #define isa avx2
 #define LANES 8
 #include "passes.h"
+#include "mixture.h"
 #undef LANES
 #undef isa
 TARGET_END
@@ -113,6 +123,7 @@ TARGET_END
 #define isa portable
 #define LANES 4
 #include "passes.h"
+#include "mixture.h"
 #undef LANES
 #undef isa
 
@@ -193,15 +204,15 @@ struct Job {
 };
 
 struct Passes {
-    Pass forward, backward;
+    Pass forward, backward, mixture_forward, mixture_backward;
 };
 
 // By number: 0 portable, 1 AVX2, 2 AVX-512.
 const Passes PASSES[] = {
-    {portable::forward_pass, portable::backward_pass},
+    {portable::forward_pass, portable::backward_pass, portable::mixture_forward_pass, portable::mixture_backward_pass},
 #if defined(__x86_64__)
-    {avx2::forward_pass, avx2::backward_pass},
-    {avx512::forward_pass, avx512::backward_pass},
+    {avx2::forward_pass, avx2::backward_pass, avx2::mixture_forward_pass, avx2::mixture_backward_pass},
+    {avx512::forward_pass, avx512::backward_pass, avx512::mixture_forward_pass, avx512::mixture_backward_pass},
 #endif
 };
 
@@ -234,11 +245,13 @@ int64_t fusedbayes_instruction_set() {
 
 // Writes what `output` says into `weight`; returns the KL, or 0 without a prior.
 double fusedbayes_forward(const Problem* problem) noexcept {
-    return Job(*problem, PASSES[problem->instruction_set].forward).run();
+    const Passes& passes = PASSES[problem->instruction_set];
+    return Job(*problem, problem->mixture ? passes.mixture_forward : passes.forward).run();
 }
 
 // Writes grad_mu and grad_rho, and the weight again where it has a place.
 void fusedbayes_backward(const Problem* problem) noexcept {
-    Job(*problem, PASSES[problem->instruction_set].backward).run();
+    const Passes& passes = PASSES[problem->instruction_set];
+    Job(*problem, problem->mixture ? passes.mixture_backward : passes.backward).run();
 }
 }

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 FOLDER = Path(__file__).parent
-SOURCES = ("fused.cpp", "passes.h")
+SOURCES = ("fused.cpp", "passes.h", "mixture.h")
 LIBRARY = "libfused.so.1"  # not a name that Python would take for a module of its own
 
 DTYPES = frozenset((torch.float32, torch.bfloat16))  # floating dtypes that the kernel takes
@@ -50,7 +50,7 @@ class Problem(NamedTuple):
 ABSENT = (0, 0, 0, 0, 0)
 # A pass takes its arguments as 64-bit words in the order of the C++: a ctypes.Structure takes longer to fill than a
 # small layer to compute.
-_WORDS = struct.Struct("@60q")
+_WORDS = struct.Struct("@61q")
 
 
 def operand(tensor: torch.Tensor | None, first_row: int = 0) -> tuple[int, ...]:

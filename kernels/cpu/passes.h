@@ -142,10 +142,8 @@ INLINE void box_muller(Words radius_word, Words angle_word, Floats& z0, Floats& 
     z1 = radius * (Floats)((Words)(odd ? cosine : sine) ^ sign_sine);
 }
 
-// t = exp(-|rho|) and sigma = max(log(1 + exp(rho)), 2^-126): see kernels/gaussian.py. Below 2^-126 t is 0.
-INLINE void exp_and_sigma(Floats rho, Floats& t, Floats& sigma) {
-    const Floats positive = rho > 0.0f ? rho : fill(0.0f);
-    const Floats x = rho > 0.0f ? -rho : rho;  // a NaN stays one
+// exp(x) for x <= 0, 0 below 2^-126; a NaN stays one.
+INLINE Floats exponential(Floats x) {
     const Floats shifted = x * LOG2_E + ROUND_TO_INTEGER;
     const Floats n = shifted - ROUND_TO_INTEGER;
     const Floats f = x - n * LN_2_HIGH - n * LN_2_LOW;
@@ -154,7 +152,15 @@ INLINE void exp_and_sigma(Floats rho, Floats& t, Floats& sigma) {
     e = e * f + 0.49999231790927356f;
     e = e * (f * f) + f + 1.0f;
     const Floats scale = (Floats)(((Ints)shifted + 127) << 23);
-    t = x < -87.33654f ? fill(0.0f) : e * scale;
+    return x < -87.33654f ? fill(0.0f) : e * scale;
+}
+
+INLINE Floats minus_absolute(Floats x) { return x > 0.0f ? -x : x; }
+
+// t = exp(-|rho|) and sigma = max(log(1 + exp(rho)), 2^-126): see kernels/gaussian.py. Below 2^-126 t is 0.
+INLINE void exp_and_sigma(Floats rho, Floats& t, Floats& sigma) {
+    const Floats positive = rho > 0.0f ? rho : fill(0.0f);
+    t = exponential(minus_absolute(rho));
     Floats p = t * -0.008778955528876033f + 0.044986641896015526f;
     p = p * t - 0.10902291005048761f;
     p = p * t + 0.17847208161641268f;
@@ -164,6 +170,11 @@ INLINE void exp_and_sigma(Floats rho, Floats& t, Floats& sigma) {
     p = p * t + 1.0f;
     const Floats softplus = p * t + positive;
     sigma = softplus < SIGMA_FLOOR ? fill(SIGMA_FLOOR) : softplus;
+}
+
+// sigmoid(rho) / sigma, at most 1 where 1 / sigma would overflow.
+INLINE Floats slope_over_sigma(Floats rho, Floats t, Floats sigma) {
+    return (rho < 0.0f ? t : fill(1.0f)) / (sigma + sigma * t);
 }
 
 // The noise of `columns` columns of a row, and up to GROUP - 1 more, from a whole quad on: eps, or the bits of the words.
@@ -291,6 +302,19 @@ INLINE Floats logarithm_of_ratio(const Product& a, const Product& b) {
     return powers * LN_2 + (logarithm(a.mantissas) - logarithm(b.mantissas));
 }
 
+// Which lanes are those of the first so many columns.
+INLINE Ints lanes_before(int columns) {
+    Ints lanes{};
+    for (int i = 0; i < LANES; i++) lanes[i] = i;
+    return lanes < columns;
+}
+
+INLINE double sum_of_lanes(Floats values) {
+    double sums[4] = {};  // four at a time, since an addition has to wait for the one before
+    for (int i = 0; i < LANES; i++) sums[i % 4] += (double)values[i];
+    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
 // The KL of a piece, lane by lane: squares, less the 1 that they are where posterior and prior are the same, and
 // logarithms of sigma / s0, of all vectors of a group at once. One that sticks out of the row counts as the prior there.
 template <bool SCALAR, bool TAIL>
@@ -313,9 +337,7 @@ struct KlSum {
     INLINE void add(Floats mu, Floats sigma, const Prior<SCALAR>& prior, int columns_left) {
         Floats scale = sigma * prior.inverse, shift = (mu - prior.mu) * prior.inverse;
         if (TAIL) {
-            Ints lanes{};
-            for (int i = 0; i < LANES; i++) lanes[i] = i;
-            const Ints exists = lanes < columns_left;
+            const Ints exists = lanes_before(columns_left);
             scale = exists ? scale : fill(1.0f), shift = exists ? shift : fill(0.0f), sigma = exists ? sigma : prior.sigma;
         }
         squares = scale * scale + (shift * shift + squares);
@@ -328,12 +350,7 @@ struct KlSum {
 
     INLINE void end_group() { logarithms += logarithm_of_ratio(sigmas, prior_sigmas); }
 
-    INLINE double total() const {
-        const Floats kl = 0.5f * squares - logarithms;
-        double sums[4] = {};  // four at a time, since an addition has to wait for the one before
-        for (int i = 0; i < LANES; i++) sums[i % 4] += (double)kl[i];
-        return (sums[0] + sums[1]) + (sums[2] + sums[3]);
-    }
+    INLINE double total() const { return sum_of_lanes(0.5f * squares - logarithms); }
 
    private:
     static constexpr bool ONE_BY_ONE = TAIL || !SCALAR;
@@ -408,7 +425,6 @@ struct NoPrior {
 
 // dmu = G + g (mu - m0) / s0^2 and drho = (H d + g (sigma / s0^2 - 1 / sigma)) sigmoid(rho), and W again if asked for; H is
 // dL by what was sampled, d its derivative by sigma, and G is H if W was sampled.
-// sigmoid(rho) / sigma is (t if rho < 0 else 1) / (sigma (1 + t)): at most 1, while g / sigma would overflow.
 template <bool KL, bool SCALAR>
 INLINE void backward(const Problem& p, const Piece& piece) {
     float buffers[10][LONGEST + GROUP];
@@ -430,7 +446,7 @@ INLINE void backward(const Problem& p, const Piece& piece) {
         const Floats mean = load(mu + i), r = load(rho + i);
         Floats t, sigma;
         exp_and_sigma(r, t, sigma);
-        const Floats sigmoid_over_sigma = (r < 0.0f ? t : fill(1.0f)) / (sigma + sigma * t);
+        const Floats sigmoid_over_sigma = slope_over_sigma(r, t, sigma);
         Floats dmu = fill(0.0f), drho = fill(0.0f);
         if (weight) store(weight + i, sampled.value(i, mean, sigma));
         if (grad_product) dmu = load(grad_product + i);

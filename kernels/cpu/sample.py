@@ -36,6 +36,7 @@ def make_problem(
     grad_mu: Tensor | None = None,
     grad_rho: Tensor | None = None,
     accumulate: bool = False,
+    mixture: Tensor | None = None,
 ) -> Problem:
     """The C++'s view of a parameter; a vector is one row.
 
@@ -47,12 +48,14 @@ def make_problem(
         grad_product: of the parameter's shape, dL/dW, or in the other estimators what multiplies mu has of dL/dW.
         grad_mu, grad_rho: where the gradients are written, contiguous.
         accumulate: whether they are added to what is there.
+        mixture: a scale mixture that is the prior instead, as `mixture.prepared`.
     """
     mu, rho, prior_mu, prior_sigma = parameter
     rows, columns = mu.shape if mu.dim() == 2 else (1, mu.numel())
     mu, rho, scalar_prior = _by_rows(mu), _by_rows(rho), False
     if prior_mu is None or prior_sigma is None or not (with_kl or grad_kl is not None):
-        prior_mu = prior_sigma = grad_kl = None
+        prior_mu = prior_sigma = None
+        grad_kl = None if mixture is None else grad_kl
     elif prior_mu.dim() == prior_sigma.dim() == 0:
         prior_mu, prior_sigma, scalar_prior = prior_mu.float(), prior_sigma.float(), True
     else:
@@ -63,8 +66,9 @@ def make_problem(
         *(columns, scalar_prior, *operand(mu), *operand(rho), *operand(prior_mu), *operand(prior_sigma)),
         *(_NO_NOISE if key is None else (_address(key.seed), _address(key.sample), *key.address)),
         *(_address(grad_kl), *operand(grad_product), *operand(grad_mu), *operand(grad_rho), accumulate),
+        _address(mixture),
     )
-    tensors = (mu, rho, prior_mu, prior_sigma, grad_kl, grad_product, grad_mu, grad_rho)
+    tensors = (mu, rho, prior_mu, prior_sigma, grad_kl, grad_product, grad_mu, grad_rho, mixture)
     return Problem(rows, words, tensors if key is None else (*tensors, *key[:2]))
 
 
