@@ -156,6 +156,11 @@ class BayesModule(RandomTensors):
         raise NotImplementedError
 
     @property
+    def batched_dims(self) -> int:
+        """Dimensions that an input has at least if the first of them is the batch."""
+        return 2
+
+    @property
     def estimator(self) -> Estimator:
         """How the output is sampled, one of `estimators`."""
         return self._estimator
@@ -222,13 +227,15 @@ class BayesModule(RandomTensors):
 
         Gives the KL too, in the same pass, where one is wanted.
         """
-        with_kl, drawn, kls = self._charges(), {}, []
+        with_kl, is_normal, drawn, kls = self._charges(), not self.prior_modules(), {}, []
         for name in self.names():
             mu, rho = self.posterior(name)
             drawn[name], kl = functional.sample_weight(
                 mu,
                 rho,
-                prior=self.prior(name) if with_kl else None,
+                # With the KL or without: a checkpoint has to find the same tensors saved.
+                prior=self.prior(name) if is_normal else None,
+                with_kl=with_kl,
                 seed=draw.seed,
                 sample=draw.sample_of(index),
                 address=draw.addresses[name],
@@ -256,15 +263,16 @@ class BayesModule(RandomTensors):
 
     def _samples_in(self, input: Tensor) -> int:
         """For how many Monte Carlo samples the input of this forward holds rows."""
-        fold, rows = self._fold, input.shape[0] if isinstance(input, Tensor) and input.dim() > 1 else 0
+        is_batch = isinstance(input, Tensor) and input.dim() >= self.batched_dims
+        fold, rows = self._fold, input.shape[0] if is_batch else 0
         if fold is None and not torch.compiler.is_compiling() and self._recalls:
             fold = self._recalled(rows)
         if fold is None or fold.num_samples == 1 or not isinstance(input, Tensor):
             return 1
-        if not fold.holds(rows) or input.dim() < 2:
+        if not is_batch or not fold.holds(rows):
             raise ValueError(
                 f"the model runs {fold.num_samples} Monte Carlo samples of a batch of {fold.batch} as one along "
-                f"dimension 0, but a Bayesian layer got {tuple(input.shape)}, whose dimension 0 is no multiple of "
+                f"dimension 0, but {type(self).__name__} got {tuple(input.shape)}, which is no batch of a multiple of "
                 f"{fold.num_samples * fold.batch}: pass samples_at_once=1 to run them one by one"
             )
         return fold.num_samples
