@@ -213,12 +213,14 @@ class _Translation:
 
     def _translate(self, path: str, layer: BayesModule) -> None:
         own = qualified_name(path)
+        absent = [name for name in layer.names() if name not in self._format.tensors]
+        if absent:
+            reason = self._format.unmapped.get(absent[0], f"{self._library} has no {', '.join(absent)}")
+            self._problems.append(f"no counterpart: {own!r}, a {type(layer).__name__}: {reason}")
+            self._seen.update(name for name in self._source if name.startswith(_join(own, "")))
+            return
         for name in layer.names():
-            names = [[_join(own, part) for part in parts] for parts in self._format.tensors.get(name, [])]
-            if not names:
-                reason = self._format.unmapped.get(name, f"{self._library} has no such layer")
-                self._problems.append(f"no counterpart: {_join(own, name)!r} of {type(layer).__name__}: {reason}")
-                continue
+            names = [tuple(_join(own, part) for part in parts) for parts in self._format.tensors[name]]
             mu, scale = max(names, key=lambda pair: sum(part in self._source for part in pair))
             found = _Found(own, layer, name, mu, scale)
             self._seen.update(_join(found.holder, part.format(found.kind)) for part in self._format.ignored)

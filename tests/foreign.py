@@ -71,8 +71,8 @@ def layer(library: str, kind: str, *sizes: Any, prior: tuple[float, float], **op
 
 
 def tensors(layer: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
-    """Mean and scale of each tensor that the layer uses."""
-    parameters = dict(layer.named_parameters())
+    """Mean and scale of each tensor that the layer uses, without those of layers in it."""
+    parameters = dict(layer.named_parameters(recurse=False))
     for mu, scale in PARTS:
         if scale in parameters and not ("bias" in mu and getattr(layer, "bias", None) is False):
             yield parameters[mu], parameters[scale]

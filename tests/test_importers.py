@@ -1,6 +1,6 @@
 """Checkpoints of other libraries: the same means, sigma, prior and KL in our layers, and what their KL is in ours."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import foreign
@@ -65,19 +65,21 @@ LINEAR_CASES = [case for case in CASES if case.ours is fb.BayesLinear and "Flipo
 libraries = pytest.mark.parametrize("case", LINEAR_CASES, ids=lambda case: case.library)
 
 
-def posteriors_and_priors(model: nn.Module, library: str) -> Iterator[tuple[Normal, Normal]]:
-    """Of each random tensor of another library's model, by torch.distributions, in float64."""
-    for layer, (prior_mu, prior_sigma) in zip(model, PRIORS, strict=False):
+def posteriors_and_priors(
+    model: Iterable[nn.Module], library: str, priors: Iterable[tuple[float, float]] = PRIORS
+) -> Iterator[tuple[Normal, Normal]]:
+    """Of each random tensor of another library's layers, by torch.distributions, in float64."""
+    for layer, (prior_mu, prior_sigma) in zip(model, priors, strict=False):
         prior_mu = prior_mu if library in ("bayesian-torch", "torchbnn") else 0.0
-        for mu, scale in foreign.tensors(layer):
+        for mu, scale in (pair for part in layer.modules() for pair in foreign.tensors(part)):
             scale = scale.detach().double()
             sigma = scale.exp() if library == "torchbnn" else torch.log1p(torch.exp(scale))
             prior = Normal(*torch.tensor([prior_mu, prior_sigma], dtype=torch.float64))
             yield Normal(mu.detach().double(), sigma), prior
 
 
-def true_kl(model: nn.Module, library: str) -> Tensor:
-    return sum(kl_divergence(q, p).sum() for q, p in posteriors_and_priors(model, library))
+def true_kl(model: Iterable[nn.Module], library: str, priors: Iterable[tuple[float, float]] = PRIORS) -> Tensor:
+    return sum(kl_divergence(q, p).sum() for q, p in posteriors_and_priors(model, library, priors))
 
 
 @cases
@@ -256,3 +258,38 @@ def test_checkpoints_of_bayesian_torch_that_hold_the_prior() -> None:
     fb.load_foreign(ours, state, "bayesian-torch")
     assert torch.equal(ours[0].prior("weight")[1], state["0.prior_weight_sigma"])
     assert ours[1].prior("weight")[0].dim() == 0
+
+
+@pytest.mark.skipif(not hasattr(fb.nn, "BayesLSTM"), reason="there is no BayesLSTM")
+@pytest.mark.parametrize("kind", ["LSTMReparameterization", "LSTMFlipout"])
+def test_lstm_of_bayesian_torch(kind: str) -> None:
+    theirs = foreign.layer("bayesian-torch", kind, 3, 4, prior=(0.1, 0.5))
+    ours = fb.nn.BayesLSTM(3, 4, batch_first=True)
+    report = fb.load_foreign(ours, theirs, "bayesian-torch")
+    assert report[1].source == "hh.mu_weight, hh.rho_weight"
+    kl = true_kl([nn.Sequential(theirs.ih, theirs.hh)], "bayesian-torch", priors=[(0.1, 0.5)])
+    torch.testing.assert_close(fb.kl_loss(ours).double(), kl, rtol=1e-6, atol=0)
+    x = torch.randn(2, 5, 3)
+    with fb.mean_mode(ours):
+        # Five steps, each with a rounding in every gate.
+        torch.testing.assert_close(ours(x)[0], foreign.without_noise(theirs)(x)[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(not hasattr(fb.nn, "BayesLSTM"), reason="there is no BayesLSTM")
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_recurrent_layers_of_blitz_are_refused(kind: str) -> None:
+    theirs = getattr(foreign.module("blitz.modules"), f"Bayesian{kind}")(3, 4)
+    with pytest.raises(ValueError, match=f"no counterpart: '0', a Bayes{kind}: BLiTZ adds one bias"):
+        fb.load_foreign(nn.Sequential(getattr(fb.nn, f"Bayes{kind}")(3, 4)), nn.Sequential(theirs), "blitz")
+
+
+@pytest.mark.skipif(not hasattr(fb.nn, "BayesEmbedding"), reason="there is no BayesEmbedding")
+def test_embedding_of_blitz() -> None:
+    theirs = foreign.layer("blitz", "BayesianEmbedding", 7, 4, prior=(0.0, 0.5))
+    ours = fb.nn.BayesEmbedding(7, 4)
+    fb.load_foreign(ours, theirs, "blitz")
+    kl = true_kl([theirs], "blitz", priors=[(0.0, 0.5)])
+    torch.testing.assert_close(fb.kl_loss(ours).double(), kl, rtol=1e-6, atol=0)
+    indices = torch.tensor([1, 2, 6])
+    with fb.mean_mode(ours):
+        assert torch.equal(ours(indices), foreign.without_noise(theirs)(indices))

@@ -17,7 +17,9 @@ def prepared(pi: Tensor, sigma_1: Tensor, sigma_2: Tensor) -> Tensor:
     (narrow, narrow_share), (wide, wide_share) = sorted(components)
     log_share = _log(wide_share)
     log_odds = log_share - _log(narrow_share) + _log(narrow) - _log(wide)
-    return torch.tensor([wide, _inverse(wide), _inverse(narrow), log_odds, log_share], dtype=torch.float32, device="cpu")
+    return torch.tensor(
+        [wide, _inverse(wide), _inverse(narrow), log_odds, log_share], dtype=torch.float32, device="cpu"
+    )
 
 
 def _log(number: float) -> float:
