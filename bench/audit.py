@@ -45,6 +45,12 @@ SHAPES = (SQUARE, (1000, 1000), (10, 400), (4096, 1001))  # out_features, in_fea
 RAGGED = (4095, 4104)
 TILE_ROWS = (16, 64, 128, 256)  # of the tiles of 16-bit products those that differ in more than their rows
 TYPICAL_ROWS, SAMPLED_ROWS = 64, 4096  # one product that samples, and one of a matrix sampled before
+MIXTURES = (
+    (SQUARE, 0, torch.float32),
+    (SQUARE, 0, torch.bfloat16),
+    (SHAPES[1], 0, torch.float32),
+    (SHAPES[-1], 3, torch.float32),
+)
 PREDICTED_ROWS = (1, 16, 64, 256, 1024, 4096)
 PREDICTED_ROWS_OF_ESTIMATORS = (64, 256)
 BATCH = 6  # variants that a worker compiles and then disassembles at once
@@ -127,6 +133,13 @@ def run_alone() -> None:
     torch.autograd.grad(ops.weight_kl(mu, rho, *prior), [mu, rho], on_gpu())
 
 
+def run_mixture(shape: tuple[int, int], column: int, dtype: torch.dtype) -> None:
+    """A weight, or its shard from this column on, whose prior is a scale mixture: its KL forward and backward."""
+    mu, rho = (on_gpu(*shape, dtype=dtype).requires_grad_() for _ in range(2))
+    kl = ops.scale_mixture_kl(mu, rho, on_gpu(), on_gpu(), on_gpu(), draw_seed("meta"), None, (0, 0, column))
+    torch.autograd.grad(kl, [mu, rho], on_gpu())
+
+
 def layers(capability: int) -> Iterator[tuple[Layer, bool]]:
     """Layers, and whether all variants that they launch are wanted or only tiles that were not seen before."""
     for shape in SHAPES:
@@ -180,8 +193,9 @@ def wanted(capability: int) -> list[KernelLaunch]:
     """One launch of each variant to be compiled."""
     launches: dict[Variant, KernelLaunch] = {}
     tiles = set()
-    for launch in _kernels_of(record(run_alone, capability)):
-        launches[variant(launch)] = launch
+    for run in (run_alone, *(partial(run_mixture, *case) for case in MIXTURES)):
+        for launch in _kernels_of(record(run, capability)):
+            launches[variant(launch)] = launch
     for layer, every in layers(capability):
         for launch in _kernels_of(record(layer.run, capability)):
             known = variant(launch)

@@ -25,6 +25,11 @@ class Budget(NamedTuple):
 INSTRUCTIONS: Mapping[str, float] = MappingProxyType(
     {
         "_sample_weight_kernel": 34.0,  # the sampling pass
+        # Likewise without a store, and for the second component two multiplications, two multiply-adds, an exponential,
+        # a maximum and three additions.
+        "_mixture_kl_kernel": 42.5,
+        # In place of dL/dW, which is a load, h: of these eight, a reciprocal, a selection and a multiply-add.
+        "_mixture_kl_backward_kernel": 49.5,
         "_sample_weight_backward_kernel": 50.0,  # dmu and drho, given dL/dW
         "_linear_forward_kernel": 38.0,  # main loop of the single-pass product
         "_linear_backward_input_kernel": 38.0,
@@ -32,6 +37,9 @@ INSTRUCTIONS: Mapping[str, float] = MappingProxyType(
         "_linear_backward_pair_kernel": 52.0,  # likewise, of two products or several Monte Carlo samples
     }
 )
+# Kernels that need more results of the special-function unit: an exponential for the components' ratio and, forward,
+# the logarithm that every KL takes, backward two reciprocals.
+SPECIAL_OF: Mapping[str, float] = MappingProxyType({"_mixture_kl_kernel": 5.0, "_mixture_kl_backward_kernel": 6.0})
 # What an estimator, or several samples in turn, change, by compute capability: "local" draws no noise of weights,
 # "flipout" draws random signs. On sm_100, whose operands have another layout, the compiler has sigma computed in both.
 OF_ESTIMATOR: Mapping[tuple[str, str], Mapping[int, Budget]] = MappingProxyType(
@@ -144,4 +152,4 @@ def _budget(variant: Variant) -> Budget:
     for trait in reversed(variant.traits):  # samples in turn come after the estimator, and are what counts
         if (variant.kernel, trait) in OF_ESTIMATOR:
             return OF_ESTIMATOR[variant.kernel, trait][variant.capability]
-    return Budget(INSTRUCTIONS[variant.kernel])
+    return Budget(INSTRUCTIONS[variant.kernel], SPECIAL_OF.get(variant.kernel, SPECIAL))

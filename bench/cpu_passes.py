@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 
 from fusedbayes.kernels.cpu import native
+from fusedbayes.kernels.cpu.mixture import prepared
 from fusedbayes.kernels.cpu.sample import Key, Parameter, make_problem
 from fusedbayes.noise import Address
 
@@ -32,13 +33,21 @@ def passes(library: native.Library) -> dict[str, Callable[[], object]]:
     plain = make_problem(parameter, key, with_kl=False)
     charged = make_problem(parameter, key, with_kl=True)
     backward = make_problem(parameter, key, with_kl=True, grad_kl=torch.tensor(1.0), **gradients)
+    del gradients["grad_product"]
+    # Both write the KL's gradients alone; the mixture's draw noise for them.
+    of_kl = make_problem(parameter, None, grad_kl=torch.tensor(1.0), **gradients)
+    prior = prepared(torch.tensor(0.5), torch.tensor(1.0), torch.tensor(0.002))
+    mixture = make_problem(Parameter(mu, rho, None, None), key, mixture=prior, grad_kl=torch.tensor(1.0), **gradients)
     return {
         "noise": lambda: library.forward(plain, native.Output.NORMAL, result),
         "W": lambda: library.forward(plain, native.Output.WEIGHT, result),
         "W and KL": lambda: library.forward(charged, native.Output.WEIGHT, result),
         "sigma^2 and KL": lambda: library.forward(charged, native.Output.VARIANCE, result),
         "KL": lambda: library.forward(charged, native.Output.NONE),
+        "KL from a scale mixture": lambda: library.forward(mixture, native.Output.NONE),
         "dmu, drho and W": lambda: library.backward(backward, native.Output.WEIGHT, result),
+        "dmu and drho of the KL": lambda: library.backward(of_kl),
+        "dmu and drho of the KL from a scale mixture": lambda: library.backward(mixture),
     }
 
 

@@ -172,6 +172,18 @@ class LearnedNormal(Prior):
     def log_prob(self, w: Tensor) -> Tensor:
         return -0.5 * ((w - self.mu) / self.sigma).square() - self.log_sigma - 0.5 * math.log(2.0 * math.pi)
 
+    def weight_kl(self, mu: Tensor, rho: Tensor, **noise: Any) -> Tensor:
+        if type(self) is not LearnedNormal:  # but one that overrides kl or log_prob
+            return super().weight_kl(mu, rho, **noise)
+        # Two fused passes, whose priors have no gradients. The KL is K(s) = n log s + S / (2 s^2) and what s is not in:
+        # K(2 s) - K(s) = n log 2 - 3 S / (8 s^2) gives S; and with r = sigma / s, K(sigma) = K(s) + n log r +
+        # (1 / r^2 - 1) S / (2 s^2) whatever s is. It is sigma itself: of the other terms only the derivatives are left.
+        log_s = self.log_sigma.detach()
+        kl, wider = (functional.weight_kl(mu, rho, (self.mu, factor * log_s.exp())) for factor in (1.0, 2.0))
+        squares = 8.0 / 3.0 * (mu.numel() * math.log(2.0) - (wider - kl))
+        log_r = self.log_sigma - log_s
+        return kl + mu.numel() * log_r + 0.5 * squares * torch.expm1(-2.0 * log_r)
+
     def extra_repr(self) -> str:
         return "meta" if self.mu.is_meta else f"mu={self.mu.item():.4g}, sigma={self.sigma.item():.4g}"
 
@@ -213,8 +225,8 @@ class Laplace(Prior):
 class ScaleMixture(Prior):
     """pi N(0, sigma_1^2) + (1 - pi) N(0, sigma_2^2): a wide Normal for some weights, a narrow one for the others.
 
-    The KL is the estimate of one sample in log space, by a fused pass. Source: Blundell et al., "Weight uncertainty in neural networks",
-    ICML 2015, equation 7, where sigma_1 > sigma_2; here either may be the larger.
+    The KL is the estimate of one sample in log space, by a fused pass. Source: Blundell et al., "Weight uncertainty in
+    neural networks", ICML 2015, equation 7, where sigma_1 > sigma_2; here either may be the larger.
 
     Args:
         pi: share of the first, between 0 and 1 (default 0.5).
@@ -244,15 +256,17 @@ class ScaleMixture(Prior):
     def weight_kl(self, mu: Tensor, rho: Tensor, **noise: Any) -> Tensor:
         if type(self) is not ScaleMixture:  # but one that overrides kl or log_prob
             return super().weight_kl(mu, rho, **noise)
-        mixture = {"pi": self.pi, "sigma_1": self.sigma_1, "sigma_2": self.sigma_2}
-        return functional.scale_mixture_kl(mu, rho, **mixture, **noise)
+        return functional.scale_mixture_kl(mu, rho, pi=self.pi, sigma_1=self.sigma_1, sigma_2=self.sigma_2, **noise)
 
 
 def _mean_distance(shift: Tensor, sigma: Tensor) -> Tensor:
     """E|x| of x ~ N(shift, sigma^2): sigma sqrt(2 / pi) exp(-z^2 / 2) + shift erf(z / sqrt 2), z = shift / sigma."""
-    # The bounds change no result, but keep z's derivatives finite: beyond 40 exp(-z^2 / 2) is 0 in double precision.
-    z = (shift / sigma.clamp(min=1e-18)).clamp(-40.0, 40.0)
-    return math.sqrt(2.0 / math.pi) * sigma * torch.exp(-0.5 * z.square()) + shift * torch.erf(math.sqrt(0.5) * z)
+    # Beyond 9 sigma it is |shift|, in double precision too: exp(-z^2 / 2) is 3e-18. There, and for the least sigma, z's
+    # derivatives overflow; further off the exponential underflows, which takes a CPU long.
+    far = shift.abs() > 9.0 * sigma
+    z = shift.masked_fill(far, 0.0) / sigma.clamp(min=1e-18)
+    mean = math.sqrt(2.0 / math.pi) * sigma * torch.exp(-0.5 * z.square()) + shift * torch.erf(math.sqrt(0.5) * z)
+    return torch.where(far, shift.abs(), mean)
 
 
 def _check_shapes(weight: Tensor, hyperparameters: dict[str, Tensor]) -> None:

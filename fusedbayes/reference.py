@@ -76,11 +76,12 @@ def weight_kl(parameter: GaussianParameter) -> Tensor:
 def scale_mixture_log_prob(w: Tensor, pi: Tensor, sigma_1: Tensor, sigma_2: Tensor) -> Tensor:
     """log(pi N(w; 0, sigma_1^2) + (1 - pi) N(w; 0, sigma_2^2)) per element, where both densities may underflow."""
     shares = (pi.log(), torch.log1p(-pi))
-    first, second = (
+    densities = [
         share - sigma.log() - 0.5 * (w / sigma).square()
         for share, sigma in zip(shares, (sigma_1, sigma_2), strict=True)
-    )
-    return torch.logaddexp(first, second) - 0.5 * math.log(2.0 * math.pi)
+    ]
+    # Not torch.logaddexp, whose second derivative is NaN where the two are far apart.
+    return torch.logsumexp(torch.stack(densities), 0) - 0.5 * math.log(2.0 * math.pi)
 
 
 def scale_mixture_kl(

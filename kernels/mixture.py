@@ -43,6 +43,10 @@ def _components(mixture):
         tl.load(mixture.sigma_1).to(tl.float32),
         tl.load(mixture.sigma_2).to(tl.float32),
     )
+    if share == 0.0 or share == 1.0:  # as it may be in 16 bits: two halves of the one component
+        if share == 0.0:
+            first = second
+        second, share = first, 0.5
     if first < second:
         first, second, share = second, first, 1.0 - share
     return first, second, share, 1.0 - share

@@ -1,14 +1,14 @@
 """Random layers in the operators' argument order, and checks of kernels on them with derived tolerances."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from fusedbayes import kernels
+from fusedbayes import kernels, reference
 from fusedbayes.kernels import MatmulConfig
 from fusedbayes.noise import Address
 from fusedbayes.reference import Estimator
@@ -36,7 +36,11 @@ EXTREME_WORDS = {
 }
 EXTREME_NORMALS = ((-math.sqrt(66 * math.log(2)), 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, math.sqrt(66 * math.log(2))))
 
+# Of scale mixtures: pi, sigma_1 and sigma_2, the same in float32 as in float64. Sigmas of about 0.15 are between them.
+MIXTURE = 0.375, 0.75, 0.0625
+
 Parameter = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+Key = tuple[Tensor, Tensor | None, Sequence[int]]  # seed, sample, address
 
 
 class Problem(NamedTuple):
@@ -70,6 +74,19 @@ class Problem(NamedTuple):
     def sample_weight(self, dtype: torch.dtype) -> tuple[Any, ...]:
         """Arguments of sample_weight."""
         return (*self.weight, *self.noise, dtype, self.with_kl)
+
+    @property
+    def scale_mixture_kl(self) -> tuple[Any, ...]:
+        """Arguments of scale_mixture_kl."""
+        mu, rho, *_ = self.weight
+        dtype = reference.compute_dtype(mu)
+        return mu, rho, *(torch.tensor(number, dtype=dtype, device=mu.device) for number in MIXTURE), *self.noise
+
+    @property
+    def scale_mixture_kl_backward(self) -> tuple[Any, ...]:
+        """Arguments of scale_mixture_kl_backward, for a cotangent of 1."""
+        _, _, pi, *_ = self.scale_mixture_kl
+        return torch.ones_like(pi), *self.scale_mixture_kl
 
     def backward_of(self, needs_x: bool, needs_weight: bool) -> tuple[Any, ...]:
         """Arguments of bayes_linear_backward."""
@@ -230,3 +247,54 @@ def check_weight_gradients(problem: Problem, config: MatmulConfig | None, device
         # x^2 and dY times the slope.
         operands = problem.operands if problem.estimator == "local" else torch.float32
         assert_close(gradient, exact, terms=problem.x.shape[0], operands=operands)
+
+
+def check_scale_mixture(
+    mu: Tensor, rho: Tensor, mixture: Sequence[float], key: Key, launchers: Any, device: str
+) -> None:
+    """Compares KL and gradients by the launchers, run on `device`, with the operator in double precision.
+
+    The noise may be off by 1e-5; w, log q and log p by a few roundings. d, the logarithm of the components' ratio, is
+    the difference of two squares: it is off by roundings of these.
+    """
+    numbers = [torch.tensor(number) for number in mixture]
+    seed, sample, address = key
+    where = [None if t is None else t.to(device) for t in (*numbers, seed, sample)]
+    arguments = mu.to(device), rho.to(device), *where, address
+    exact = [tensor.double() for tensor in (mu, rho, *numbers)]
+    one = torch.ones(())
+    grads = launchers.scale_mixture_kl_backward(one.to(device), *arguments)
+    exact_grads = torch.ops.fusedbayes.scale_mixture_kl_backward(one.double(), *exact, *key)
+
+    sigma = reference.sigma_from_rho(exact[1])
+    eps = reference.weight_noise(exact[0], seed, 0 if sample is None else sample, Address(*address))
+    w, (pi, first, second) = exact[0] + sigma * eps, exact[2:]
+    squares = (w / second).square(), (w / first).square()
+    log_odds = (pi / (1.0 - pi) * second / first).log()
+    share = torch.sigmoid(log_odds + 0.5 * (squares[0] - squares[1]))
+    slope, gap = share / first.square() + (1.0 - share) / second.square(), second**-2.0 - first**-2.0
+    both = share * (1.0 - share)
+    error_of_w = 1e-5 * sigma + 2.0**-22 * w.abs()
+    error_of_d = 2.0**-21 * (squares[0] + squares[1] + log_odds.abs() + 1.0)
+    error = (slope + (gap * w).square() * both) * error_of_w + (gap * w).abs() * both * error_of_d
+    error = error + 2.0**-20 * (w.abs() * slope)
+    h = w.abs() * slope
+    factor = torch.sigmoid(exact[1]) / sigma
+    error_of_rho = factor * (sigma * (error * eps.abs() + h * 1e-5) + 2.0**-20 * (h * sigma * eps.abs() + 1.0))
+    for grad, exact_grad, allowed in zip(grads, exact_grads, (error, error_of_rho), strict=True):
+        assert grad.dtype == mu.dtype
+        assert grad.shape == mu.shape
+        # Rounded once to the dtype of the parameters.
+        allowed = allowed + torch.finfo(grad.dtype).eps * exact_grad.abs() + 1e-30
+        excess = ((grad.cpu().double() - exact_grad).abs() / allowed).nan_to_num(nan=torch.inf)
+        assert excess.numel() == 0 or excess.max() <= 1.0, f"off by {excess.max():.3g} times what is allowed"
+
+    kl = launchers.scale_mixture_kl(*arguments)
+    expected = torch.ops.fusedbayes.scale_mixture_kl(*exact, *key)
+    assert kl.dtype == torch.float32
+    assert kl.shape == ()
+    terms = torch.minimum(*squares) + sigma.log().abs() + eps.square() + log_odds.abs() + 10.0
+    each = 1e-5 * (h * sigma + eps.abs()) + h * 2.0**-22 * w.abs() + 2.0**-22 * terms
+    # Errors of the terms add up like a random walk, of which four deviations are allowed.
+    allowed = 4.0 * each.square().sum().sqrt().item() + 2.0**-22 * expected.abs().item()
+    assert abs(kl.item() - expected.item()) <= allowed, f"{kl.item()} instead of {expected.item()} +- {allowed:.2g}"

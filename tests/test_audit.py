@@ -14,7 +14,16 @@ import pytest
 import torch
 
 from bench import audit, roofline, sass
-from bench.budgets import FURTHER_SAMPLE, IN_TURN_SAMPLE, INSTRUCTIONS, LEAST_SPECIAL, OF_ESTIMATOR, SPECIAL, violations
+from bench.budgets import (
+    FURTHER_SAMPLE,
+    IN_TURN_SAMPLE,
+    INSTRUCTIONS,
+    LEAST_SPECIAL,
+    OF_ESTIMATOR,
+    SPECIAL,
+    SPECIAL_OF,
+    violations,
+)
 from bench.facts import IN_TURN, Facts, Variant, _loop_around, further_sample
 from bench.launches import KernelLaunch, Operation, _Recorder
 from fusedbayes.kernels.parameter import gaussian
@@ -88,6 +97,13 @@ def test_what_breaks_a_rule_is_reported(changes: dict[str, Any], sentence: str) 
 def test_each_budget_of_instructions_is_kept(kernel: str, budget: float) -> None:
     (found,) = violations([facts(kernel, "tf32", "KL", instructions=budget + 0.5)])
     assert f"{budget + 0.5:.2f} instructions per weight; the budget is {budget:g}" in found
+
+
+@pytest.mark.parametrize(("kernel", "budget"), SPECIAL_OF.items())
+def test_each_budget_of_special_functions_is_kept(kernel: str, budget: float) -> None:
+    assert violations([facts(kernel, "fp32", "KL", special=budget)]) == []
+    (found,) = violations([facts(kernel, "fp32", "KL", special=budget + 0.5)])
+    assert f"{budget + 0.5:.2f} special functions per weight; the budget is {budget:g}" in found
 
 
 @pytest.mark.parametrize(("kernel", "estimator"), OF_ESTIMATOR)

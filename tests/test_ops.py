@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from problems import PRIORS, Parameter, Problem, make_problem
+from problems import MIXTURE, PRIORS, Parameter, Problem, make_problem
 from torch import Tensor
 
 from fusedbayes import functional, reference
@@ -21,6 +21,7 @@ CASES: tuple[tuple[Estimator, int], ...] = (("shared", 3), ("local", 1), ("local
 DIFFERENTIABLE: dict[str, Callable[[Problem], Sequence[Any]]] = {
     "sample_weight": lambda p: p.sample_weight(p.x.dtype),
     "weight_kl": lambda p: p.weight,
+    "scale_mixture_kl": lambda p: p.scale_mixture_kl,
     "bayes_linear": lambda p: p.forward,
     # Three samples of one row each.
     "bayes_linear:local": lambda p: p._replace(estimator="local", num_samples=3).forward,
@@ -30,6 +31,7 @@ BACKWARD: dict[str, Callable[[Problem], Sequence[Any]]] = {
     "sample_weight_backward:both": lambda p: (p.weight[0], p.grad_kl, *p.weight, *p.noise),
     "sample_weight_backward:weight": lambda p: (p.weight[0], None, *p.weight, *p.noise),
     "sample_weight_backward:kl": lambda p: (None, p.grad_kl, *p.weight, None, None, p.weight_address),
+    "scale_mixture_kl_backward": lambda p: p.scale_mixture_kl_backward,
     "bayes_linear_backward": lambda p: p.backward,
     "bayes_linear_backward:local": lambda p: (
         p._replace(estimator="local", num_samples=3, slope=torch.ones_like(p.grad_y)).backward
@@ -61,12 +63,17 @@ def test_every_operator_is_tested() -> None:
     assert registered == {name.split(":")[0] for name in OPERATORS}
 
 
+def has_its_prior(name: str, prior: str) -> bool:
+    """A KL needs a prior, and the scale mixture is one of its own."""
+    return prior == "none" if name.startswith("scale_mixture") else (name, prior) != ("weight_kl", "none")
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("layout", ["dense", "permuted"])
 @pytest.mark.parametrize(
     ("name", "prior", "bias"),
     [
-        *((name, prior, True) for name in OPERATORS for prior in PRIORS if (name, prior) != ("weight_kl", "none")),
+        *((name, prior, True) for name in OPERATORS for prior in PRIORS if has_its_prior(name, prior)),
         *(("bayes_linear", prior, False) for prior in PRIORS),
     ],
 )
@@ -170,6 +177,30 @@ def test_gradients_of_sample_weight_are_those_of_the_reference(prior: str, used:
     torch.testing.assert_close(actual, expected, rtol=1e-13, atol=1e-13)
     if used == "kl":
         torch.testing.assert_close(run(weight, ops.weight_kl(*problem.weight)), expected, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("mixture", [MIXTURE, (0.75, 0.0625, 0.5), (0.5, 0.25, 0.25)], ids=str)
+def test_gradients_of_scale_mixture_kl_are_those_of_the_reference(mixture: tuple[float, ...]) -> None:
+    problem = double_problem(prior="none", weight_address=Address(8, 2, 3))
+    mu, rho = leaves(problem, ("weight_mu", "weight_rho")).values()
+    with torch.no_grad():
+        rho[0, 0] = -1e4  # below sigma's floor
+    numbers = [torch.tensor(number, dtype=torch.float64) for number in mixture]
+
+    def run(kl: Tensor) -> list[Tensor]:
+        (grad_mu, grad_rho) = torch.autograd.grad(0.3 * kl, (mu, rho), create_graph=True)
+        penalty = grad_mu.square().sum() + grad_rho.square().sum()
+        return [kl.detach(), grad_mu.detach(), grad_rho.detach(), *torch.autograd.grad(penalty, (mu, rho))]
+
+    def first_order(kl: Tensor) -> list[Tensor]:
+        return [kl.detach(), *torch.autograd.grad(0.3 * kl, (mu, rho))]
+
+    seed, sample, address = reference_noise(problem)
+    for way in (first_order, run):
+        expected = way(reference.scale_mixture_kl(mu, rho, *numbers, seed, sample, address))
+        actual = way(ops.scale_mixture_kl(mu, rho, *numbers, *problem.noise))
+        # Sums of 35 terms; second derivatives of up to 1e6.
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-10)
 
 
 @pytest.mark.parametrize("options", [{"prior": "none"}, {"with_kl": False}], ids=["no-prior", "not-wanted"])

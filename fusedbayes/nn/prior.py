@@ -145,11 +145,11 @@ class RandomTensors(PrunedTensors):
         if isinstance(mu, Prior):
             if sigma is not None:
                 raise ValueError(f"a prior is given as it is, without sigma, got sigma={sigma}")
-            if not isinstance(mu, Normal) or type(mu) is not Normal:
-                self._hold_prior(name, mu)
+            given = mu
+            if not isinstance(given, Normal) or type(given) is not Normal:
+                self._hold_prior(name, given)
                 return
-            normal = mu
-            mu, sigma = normal.mu, normal.sigma
+            mu, sigma = given.mu, given.sigma
         for part, value, positive in (("prior_mu", mu, False), ("prior_sigma", sigma, True)):
             if not isinstance(value, Tensor):
                 check_number(value, part, positive=positive)  # type: ignore[arg-type]

@@ -112,9 +112,11 @@ class _ScaleMixtureKL(_Operator):
         return _Operator.run(ctx, _ScaleMixtureKL.name, arguments, 7)
 
     @staticmethod
-    def backward(ctx: Any, grad_kl: Tensor) -> Any:
+    def backward(ctx: Any, grad_kl: Tensor | None) -> Any:
         if torch.is_grad_enabled():
             return _Operator.differentiable_backward(ctx, _ScaleMixtureKL.name, grad_kl)
+        if grad_kl is None:
+            return (None,) * 8
         grads = _call("scale_mixture_kl_backward", grad_kl, *ctx.saved_tensors, *ctx.rest)
         return *grads, *[None] * 6
 

@@ -121,7 +121,8 @@ def scale_mixture_kl_backward(
     sigmoid = torch.sigmoid(rho.to(dtype)).masked_fill_(softplus < SIGMA_FLOOR, 0.0)
     # sigmoid / sigma is at most 1, while grad_kl / sigma may overflow.
     grad_rho = grad_kl * (slope * eps * sigmoid - sigmoid / sigma)
-    return (grad_kl * slope).to(mu.dtype), grad_rho.to(rho.dtype)
+    # Row-major like the kernels' and the fake, even if mu is not.
+    return (grad_kl * slope).to(mu.dtype).contiguous(), grad_rho.to(rho.dtype).contiguous()
 
 
 def bayes_linear(

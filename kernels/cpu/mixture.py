@@ -12,23 +12,16 @@ from fusedbayes.kernels.cpu.sample import Key, Parameter, kl_tensor, make_proble
 
 def prepared(pi: Tensor, sigma_1: Tensor, sigma_2: Tensor) -> Tensor:
     """What the C++ wants of pi N(0, sigma_1^2) + (1 - pi) N(0, sigma_2^2): `Mixture` of fused.cpp."""
-    share = float(pi)
-    components = (float(sigma_1), share), (float(sigma_2), 1.0 - share)
-    (narrow, narrow_share), (wide, wide_share) = sorted(components)
-    log_share = _log(wide_share)
-    log_odds = log_share - _log(narrow_share) + _log(narrow) - _log(wide)
-    return torch.tensor(
-        [wide, _inverse(wide), _inverse(narrow), log_odds, log_share], dtype=torch.float32, device="cpu"
-    )
-
-
-def _log(number: float) -> float:
-    """Of what is no logarithm's argument a NaN or an infinity, which a KL must not hide."""
-    return math.log(number) if number > 0.0 else -math.inf if number == 0.0 else math.nan
-
-
-def _inverse(number: float) -> float:
-    return 1.0 / number if number > 0.0 else math.nan
+    share, first, second = float(pi), float(sigma_1), float(sigma_2)
+    if not (0.0 <= share <= 1.0 and 0.0 < first < math.inf and 0.0 < second < math.inf):
+        # What is no mixture a KL must not hide.
+        return torch.full((5,), math.nan, dtype=torch.float32, device="cpu")
+    if share in (0.0, 1.0):  # as it may be in 16 bits: two halves of the one component
+        share, first, second = 0.5, *([first if share == 1.0 else second] * 2)
+    (narrow, narrow_share), (wide, wide_share) = sorted(((first, share), (second, 1.0 - share)))
+    log_odds = math.log(wide_share) - math.log(narrow_share) + math.log(narrow) - math.log(wide)
+    numbers = wide, 1.0 / wide, 1.0 / narrow, log_odds, math.log(wide_share)
+    return torch.tensor(numbers, dtype=torch.float32, device="cpu")
 
 
 def scale_mixture_kl(
@@ -61,6 +54,8 @@ def scale_mixture_kl_backward(
     """Its dmu and drho."""
     grads = mu.new_empty(mu.shape), rho.new_empty(rho.shape)
     parameter, key = Parameter(mu, rho, None, None), Key(seed, sample, address)
-    how = {"grad_kl": grad_kl, "mixture": prepared(pi, sigma_1, sigma_2)}
-    library().backward(make_problem(parameter, key, grad_mu=grads[0], grad_rho=grads[1], **how))
+    mixture = prepared(pi, sigma_1, sigma_2)
+    library().backward(
+        make_problem(parameter, key, grad_kl=grad_kl, grad_mu=grads[0], grad_rho=grads[1], mixture=mixture)
+    )
     return grads
