@@ -3,8 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= 2
 
-# Of the libraries that are compared, the constraints say which versions; what they need beyond torch they do not use here.
-PEERS := bayesian-torch torchbnn blitz-bayesian-pytorch
+# Other libraries, to compare with: the constraints say which versions; what they need beyond torch they do not use here.
+PEERS := bayesian-torch torchbnn blitz-bayesian-pytorch torch-uncertainty
 RECORDS := .benchmarks/quick.jsonl
 
 .PHONY: demo test lint bench bench-compare sanitize clean
@@ -19,7 +19,7 @@ RECORDS := .benchmarks/quick.jsonl
 demo: .venv/installed
 	$(BIN)/python examples/digits.py
 
-test: .venv/installed
+test: .venv/peers
 	$(BIN)/pytest -n $(WORKERS)
 
 lint: .venv/installed

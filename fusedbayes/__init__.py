@@ -4,6 +4,7 @@ from fusedbayes import functional, nn, noise, priors, reference, schedules
 from fusedbayes.convert import to_bayesian, to_deterministic
 from fusedbayes.diagnostics import gradient_balance, kl_report
 from fusedbayes.functional import gaussian_kl
+from fusedbayes.importers import load_foreign
 from fusedbayes.nn import (
     BayesConv1d,
     BayesConv2d,
@@ -22,6 +23,7 @@ from fusedbayes.nn import (
 from fusedbayes.objective import ELBO, ElboOutput, kl_loss
 from fusedbayes.ops.backend import Backend, backend_info, use_reference
 from fusedbayes.predict import Prediction, frozen_sample, mean_mode, predict
+from fusedbayes.pruning import prune
 from fusedbayes.version import __version__
 
 __all__ = [
@@ -50,11 +52,13 @@ __all__ = [
     "gradient_balance",
     "kl_loss",
     "kl_report",
+    "load_foreign",
     "mean_mode",
     "nn",
     "noise",
     "predict",
     "priors",
+    "prune",
     "reference",
     "schedules",
     "to_bayesian",

@@ -175,7 +175,7 @@ class LearnedNormal(Prior):
     def weight_kl(self, mu: Tensor, rho: Tensor, **noise: Any) -> Tensor:
         if type(self) is not LearnedNormal:  # but one that overrides kl or log_prob
             return super().weight_kl(mu, rho, **noise)
-        # Two fused passes, whose priors have no gradients. The KL is K(s) = n log s + S / (2 s^2) + what s is not in, so
+        # Two fused passes, whose priors have no gradients. The KL is K(s) = n log s + S / (2 s^2) and what s is not in:
         # K(2 s) - K(s) = n log 2 - 3 S / (8 s^2) gives S; and with r = sigma / s, K(sigma) = K(s) + n log r +
         # (1 / r^2 - 1) S / (2 s^2) whatever s is. It is sigma itself: of the other terms only the derivatives are left.
         log_s = self.log_sigma.detach()

@@ -49,7 +49,7 @@ class _BayesConvolution(BayesModule):
         """The output for a batch, or for one example, of whatever the layer draws."""
         draw = self._draw(x)
         if draw is None:
-            return map_(x, self._tensor("weight_mu"), self._tensor("bias_mu"))
+            return map_(x, self.posterior("weight")[0], self.posterior("bias")[0])
         draw = self._seeded(draw)
         if draw.estimator == "local":
             return self._local(x, map_, draw)

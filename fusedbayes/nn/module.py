@@ -27,10 +27,11 @@ class BayesModule(RandomTensors):
 
     A random tensor `name` has the parameters ``{name}_mu`` and ``{name}_rho``, sigma = softplus(rho), and the prior in
     the buffers ``{name}_prior_mu`` and ``{name}_prior_sigma``: 0-d for a scalar prior, else of the tensor's shape. One
-    that is not Normal is the child module ``{name}_prior`` instead. All of it is in the state_dict. ``{name}`` itself
-    tells its shape, dtype and device, but holds no values: see `fusedbayes.nn.RandomTensor`. The layer samples in
-    training and evaluation mode alike; `fusedbayes.frozen_sample` and `fusedbayes.mean_mode` change that for a while.
-    The KL costs nothing unless it is asked for (`fusedbayes.kl_loss`, `fusedbayes.ELBO`).
+    that is not Normal is the child module ``{name}_prior`` instead. Where weights were pruned (`set_pruned`), the mask
+    is the buffer ``{name}_pruned``. All of it is in the state_dict. ``{name}`` itself tells its shape, dtype and device,
+    but holds no values: see `fusedbayes.nn.RandomTensor`. The layer samples in training and evaluation mode alike;
+    `fusedbayes.frozen_sample` and `fusedbayes.mean_mode` change that for a while. The KL costs nothing unless it is
+    asked for (`fusedbayes.kl_loss`, `fusedbayes.ELBO`).
 
     Args:
         *args, **kwargs: those of the class that is replaced.
@@ -196,7 +197,10 @@ class BayesModule(RandomTensors):
         nn.Module.__init__(module)
         vars(module).update({k: v for k, v in configuration(self).items() if k not in self.own_attributes})
         for name in self.random_tensors:
-            module.register_parameter(name, self._tensor(f"{name}_mu"))
+            mean, pruned = self._tensor(f"{name}_mu"), self.pruned(name)
+            if pruned is not None:  # what an optimizer may have made of weights that no forward sees
+                mean.data.masked_fill_(pruned, 0.0)
+            module.register_parameter(name, mean)
         for name in self.parts:
             part: Any = self.get_submodule(name)
             module.add_module(name, part.deterministic())
@@ -204,7 +208,12 @@ class BayesModule(RandomTensors):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draws the means as the replaced class draws its parameters; sets sigma and priors to the constructor's."""
+        """Draws the means as the replaced class draws its parameters; sets sigma and priors to the constructor's.
+
+        No weight is pruned afterwards.
+        """
+        for name in self.names():
+            self._buffers.pop(f"{name}_pruned", None)
         self._reset_sigmas_and_priors()
         module: Any = self.deterministic()
         module.reset_parameters()
@@ -245,14 +254,14 @@ class BayesModule(RandomTensors):
 
         Gives the KL too, in the same pass, where one is wanted.
         """
-        with_kl, fused, drawn, kls = self._charges(), not self.prior_modules(), {}, []
+        with_kl, is_normal, drawn, kls = self._charges(), not self.prior_modules(), {}, []
         for name in self.names():
             mu, rho = self.posterior(name)
             drawn[name], kl = functional.sample_weight(
                 mu,
                 rho,
                 # With the KL or without: a checkpoint has to find the same tensors saved.
-                prior=self.prior(name) if fused else None,
+                prior=self.prior(name) if is_normal else None,
                 with_kl=with_kl,
                 seed=draw.seed,
                 sample=draw.sample_of(index),
@@ -276,8 +285,8 @@ class BayesModule(RandomTensors):
         return draw._replace(seed=draw_seed(device))
 
     def _charges(self) -> bool:
-        """Whether this forward is to give the KL: where a prior is not Normal it comes from `kl_of`."""
-        return self._kl_wanted and self._kl_of_forward is None and not self.prior_modules()
+        """Whether this forward is to give the KL: where a prior is not Normal, or weights are pruned, `kl_of` does."""
+        return self._kl_wanted and self._kl_of_forward is None and self.has_fused_kl()
 
     def _record_kl(self, kl: Tensor) -> None:
         parameters = tuple(tensor for name in self.names() for tensor in self.posterior(name))
@@ -331,7 +340,7 @@ class BayesModule(RandomTensors):
             sigma: a number > 0, or a tensor of the parameter's shape.
             name: of the random tensor (default "weight").
         """
-        _, rho = self.posterior(name)
+        rho = self._tensor(f"{name}_rho")
         check_fits(sigma, "sigma_init", rho.dtype, 0.0)
         if rho.is_meta:
             return  # arithmetic without data has torch import its compiler, and Triton with it

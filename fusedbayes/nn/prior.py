@@ -9,15 +9,17 @@ from torch import Tensor, nn
 
 from fusedbayes import functional
 from fusedbayes.checks import check_number, describe
+from fusedbayes.nn.pruned import PRUNED_RHO, PriorOfTheRest, PrunedTensors, normal_of
 from fusedbayes.priors import Normal, Prior
 from fusedbayes.reference import GaussianParameter
 
 
-class RandomTensors(nn.Module):
+class RandomTensors(PrunedTensors):
     """A module that holds ``{name}_mu`` and ``{name}_rho`` for each of `random_tensors`, and a prior.
 
     A Normal prior is the buffers ``{name}_prior_mu`` and ``{name}_prior_sigma``, 0-d or of the tensor's shape; any
-    other is the child module ``{name}_prior``, a copy of the `fusedbayes.priors.Prior` that was given.
+    other is the child module ``{name}_prior``, a copy of the `fusedbayes.priors.Prior` that was given. Which weights
+    are pruned says the buffer ``{name}_pruned``, where any were.
 
     Attributes:
         random_tensors: their names, those of absent ones (a bias that there is none of) among them.
@@ -39,8 +41,13 @@ class RandomTensors(nn.Module):
         return GaussianParameter(*self.posterior(name), *self.prior(name))
 
     def posterior(self, name: str) -> tuple[Tensor, Tensor]:
-        """mu and rho of the random tensor `name`."""
-        return self._tensor(f"{name}_mu"), self._tensor(f"{name}_rho")
+        """mu and rho of the random tensor `name`; of pruned weights those that `set_pruned` says, without gradients."""
+        mu, rho, pruned = self._tensor(f"{name}_mu"), self._tensor(f"{name}_rho"), self.pruned(name)
+        return (mu, rho) if pruned is None else (mu.masked_fill(pruned, 0.0), rho.masked_fill(pruned, PRUNED_RHO))
+
+    def has_fused_kl(self) -> bool:
+        """Whether a forward can give the KL: every prior is Normal and no weight is pruned."""
+        return not self.prior_modules() and all(self.pruned(name) is None for name in self.random_tensors)
 
     def prior(self, name: str) -> tuple[Tensor, Tensor]:
         """prior_mu and prior_sigma of the random tensor `name`; ValueError if its prior is not Normal."""
@@ -55,9 +62,7 @@ class RandomTensors(nn.Module):
         other = self.prior_modules().get(f"{name}_prior")
         if other is not None:
             return other
-        normal = Normal()
-        normal.mu, normal.sigma = self.prior(name)
-        return normal
+        return normal_of(*self.prior(name))
 
     def prior_modules(self) -> dict[str, Prior]:
         """The priors that are not Normal, by the name of the child module."""
@@ -71,7 +76,11 @@ class RandomTensors(nn.Module):
         return {
             f"{name}_{part}"
             for name in self.random_tensors
-            for part in ("mu", "rho", *(() if f"{name}_prior" in others else ("prior_mu", "prior_sigma")))
+            for part in (
+                *("mu", "rho"),
+                *(() if f"{name}_prior" in others else ("prior_mu", "prior_sigma")),
+                *(() if self.pruned(name) is None else ("pruned",)),
+            )
         }
 
     def _tensor(self, attribute: str) -> Any:
@@ -91,19 +100,23 @@ class RandomTensors(nn.Module):
         return torch.stack([self.kl_of(name) for name in self.names()]).sum()
 
     def kl_of(self, name: str) -> Tensor:
-        """The KL of one random tensor, 0-d: of some priors an estimate, with fresh noise at each call."""
+        """The KL of one random tensor, 0-d, pruned weights left out: of some priors an estimate, with fresh noise."""
         return self._kl_of_rows(name)
 
     def _kl_of_rows(self, name: str, *rows: slice) -> Tensor:
         """The KL of these rows of one random tensor, or of all: for a layer that does not draw them all."""
         mu, rho = self.posterior(name)
-        prior = self.prior_modules().get(f"{name}_prior")
+        prior, pruned = self.prior_modules().get(f"{name}_prior"), self.pruned(name)
         normal = self.prior(name) if prior is None else ()
         kls = []
         for part in rows or (None,):
             # What is 0-d holds for all rows.
             tensors = [t if part is None or t.dim() == 0 else t[part] for t in (mu, rho, *normal)]
-            if prior is None:
+            if pruned is not None:
+                whole = normal_of(*tensors[2:]) if prior is None else prior
+                rest = PriorOfTheRest(whole, pruned if part is None else pruned[part], rho)
+                kls.append(rest.weight_kl(tensors[0], tensors[1]))
+            elif prior is None:
                 kls.append(functional.weight_kl(tensors[0], tensors[1], (tensors[2], tensors[3])))
             else:
                 kls.append(prior.weight_kl(tensors[0], tensors[1]))
@@ -203,8 +216,10 @@ class RandomTensors(nn.Module):
             self._hold_normal(name, self.prior_mu, self.prior_sigma)
 
     def share(self, name: str, other: "RandomTensors", other_name: str) -> None:
-        """Has a random tensor, whose mean is another's already, take that one's sigma and prior: the same objects."""
+        """Has a random tensor, whose mean is another's already, take its sigma, prior and mask: the same objects."""
         setattr(self, f"{name}_rho", getattr(other, f"{other_name}_rho"))
+        if (pruned := other.pruned(other_name)) is not None:
+            self.register_buffer(f"{name}_pruned", pruned)
         prior = other.prior_modules().get(f"{other_name}_prior")
         if prior is not None:
             self._let_go_of_normal(name)
@@ -215,9 +230,11 @@ class RandomTensors(nn.Module):
             self.register_buffer(f"{name}_{part}", getattr(other, f"{other_name}_{part}"))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # A checkpoint may hold a scalar prior or one value per weight; the buffer takes the checkpoint's form.
+        # A checkpoint may hold a scalar prior or one value per weight, and pruned weights or none; the buffers take the
+        # checkpoint's form.
         others = self.prior_modules()
         for name in self.names():
+            self._expect_mask(name, state_dict, prefix)
             for part in () if f"{name}_prior" in others else ("prior_mu", "prior_sigma"):
                 saved, buffer = state_dict.get(f"{prefix}{name}_{part}"), getattr(self, f"{name}_{part}")
                 shapes = ((), getattr(self, f"{name}_mu").shape)

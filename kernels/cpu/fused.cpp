@@ -1,7 +1,7 @@
 // Sampling, KL and gradients of Gaussian weights on a CPU, in one pass over the parameters: see docs/cpu.md.
 //
 // Plain functions over pointers, called through ctypes by kernels/cpu/native.py, which mirrors the structures below.
-// passes.h is compiled once for each instruction set; which one runs is the caller's choice at run time.
+// passes.h and mixture.h are compiled once for each instruction set; which one runs is the caller's choice at run time.
 
 #include <algorithm>
 #include <atomic>
