@@ -58,9 +58,7 @@ class BayesMultiheadAttention(BayesModule):
     def batched_dims(self) -> int:
         return 3
 
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        self._reset_sigmas_and_priors()
+    def _draw_means(self) -> None:
         module: Any = self.deterministic()
         module.out_proj.reset_parameters()
         module._reset_parameters()

@@ -187,12 +187,10 @@ class BayesTransposedLinear(_BayesLinearMap):
     def fan_in(self) -> int:
         return self.nx
 
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Draws the means as Conv1D does, N(0, 0.02^2) and 0 for the bias, and starts over."""
+    def _draw_means(self) -> None:
+        # As Conv1D's constructor does.
         nn.init.normal_(self._tensor("weight_mu"), std=0.02)
         nn.init.zeros_(self._tensor("bias_mu"))
-        self._reset_sigmas_and_priors()
 
     def deterministic(self) -> nn.Module:
         self._imported()

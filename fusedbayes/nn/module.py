@@ -28,10 +28,10 @@ class BayesModule(RandomTensors):
     A random tensor `name` has the parameters ``{name}_mu`` and ``{name}_rho``, sigma = softplus(rho), and the prior in
     the buffers ``{name}_prior_mu`` and ``{name}_prior_sigma``: 0-d for a scalar prior, else of the tensor's shape. One
     that is not Normal is the child module ``{name}_prior`` instead. Where weights were pruned (`set_pruned`), the mask
-    is the buffer ``{name}_pruned``. All of it is in the state_dict. ``{name}`` itself tells its shape, dtype and device,
-    but holds no values: see `fusedbayes.nn.RandomTensor`. The layer samples in training and evaluation mode alike;
-    `fusedbayes.frozen_sample` and `fusedbayes.mean_mode` change that for a while. The KL costs nothing unless it is
-    asked for (`fusedbayes.kl_loss`, `fusedbayes.ELBO`).
+    is the buffer ``{name}_pruned``. All of it is in the state_dict. ``{name}`` itself tells its shape, dtype and
+    device, but holds no values: see `fusedbayes.nn.RandomTensor`. The layer samples in training and evaluation mode
+    alike; `fusedbayes.frozen_sample` and `fusedbayes.mean_mode` change that for a while. The KL costs nothing unless it
+    is asked for (`fusedbayes.kl_loss`, `fusedbayes.ELBO`).
 
     Args:
         *args, **kwargs: those of the class that is replaced.
@@ -212,15 +212,18 @@ class BayesModule(RandomTensors):
 
         No weight is pruned afterwards.
         """
-        for name in self.names():
-            self._buffers.pop(f"{name}_pruned", None)
         self._reset_sigmas_and_priors()
+        self._draw_means()
+
+    def _draw_means(self) -> None:
+        """Draws the means, and those of `parts`."""
         module: Any = self.deterministic()
         module.reset_parameters()
 
     @torch.no_grad()
     def _reset_sigmas_and_priors(self) -> None:
         for name in self.names():
+            self._buffers.pop(f"{name}_pruned", None)
             self._reset_prior(name)
             self.set_sigma(self.sigma_init, name)
         for name in self.parts:
@@ -275,7 +278,7 @@ class BayesModule(RandomTensors):
 
     def _means(self) -> dict[str, Tensor]:
         """The mean of every random tensor of the layer."""
-        return {name: self._tensor(f"{name}_mu") for name in self.names()}
+        return {name: self.posterior(name)[0] for name in self.names()}
 
     def _seeded(self, draw: Draw) -> Draw:
         """The same with a seed, which all tensors and samples of one forward share."""
