@@ -282,6 +282,8 @@ class BayesModule(RandomTensors):
         """
         _, rho = self.posterior(name)
         check_fits(sigma, "sigma_init", rho.dtype, 0.0)
+        if rho.is_meta:
+            return  # arithmetic without data has torch import its compiler, and Triton with it
         if not isinstance(sigma, Tensor):
             sigma = torch.full((), sigma, device=rho.device)
         rho.copy_(reference.rho_from_sigma(sigma.to(reference.compute_dtype(rho))))
