@@ -144,6 +144,8 @@ def load_foreign(
         raise TypeError(f"prior must be a fusedbayes.priors.Prior, 'keep' or None, got {describe(prior)}")
     if not any(isinstance(module, BayesModule) for module in model.modules()):
         raise ValueError("model has no Bayesian layer to load into: convert it with fusedbayes.to_bayesian first")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("model is on the meta device, without room for values: call model.to_empty(device=...) first")
     translation = _Translation(model, tensors, library)
     translation.check()
     found = translation.found

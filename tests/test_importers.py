@@ -168,6 +168,8 @@ def test_errors() -> None:
         fb.load_foreign(ours, "model.pt", "torchbnn")
     with pytest.raises(ValueError, match="model has no Bayesian layer"):
         fb.load_foreign(nn.Linear(2, 2), theirs, "torchbnn")
+    with pytest.raises(ValueError, match="model is on the meta device"):
+        fb.load_foreign(fb.BayesLinear(2, 2, device="meta"), theirs, "torchbnn")
     for prior in (0.5, (0.0, 1.0), "keeps"):
         with pytest.raises(TypeError, match=r"prior must be a fusedbayes\.priors\.Prior, 'keep' or None, got"):
             fb.load_foreign(ours, theirs, "torchbnn", prior=prior)
