@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from problems import (
+    MIXTURE,
     Problem,
     assert_close,
     assert_kl_close,
     check_bayes_linear,
     check_input_gradient,
+    check_scale_mixture,
     check_weight_gradients,
     make_problem,
 )
@@ -64,6 +66,9 @@ class Samples(NamedTuple):
     kl_alone: Tensor
     grad_mu: Tensor
     grad_rho: Tensor
+    mixture_kl: Tensor
+    mixture_grad_mu: Tensor
+    mixture_grad_rho: Tensor
 
 
 def run_products(problem: Problem, config: MatmulConfig = SINGLE_PASS) -> Products:
@@ -79,6 +84,8 @@ def run_samples(problem: Problem) -> Samples:
         *kernels.sample_weight(*problem.sample_weight(torch.float32), config=TILE),
         kernels.weight_kl(*problem.weight, config=TILE),
         *kernels.sample_weight_backward(grad_weight, problem.grad_kl, *problem.weight, *problem.noise, config=TILE),
+        kernels.scale_mixture_kl(*problem.scale_mixture_kl, config=TILE),
+        *kernels.scale_mixture_kl_backward(*problem.scale_mixture_kl_backward, config=TILE),
     )
 
 
@@ -100,6 +107,7 @@ def check_all(problem: Problem, device: str) -> None:
     gradients = ops.bayes_linear_backward(*exact.backward)[1:3]
     for gradient, exact_gradient in zip((actual.grad_mu, actual.grad_rho), gradients, strict=True):
         assert_close(gradient, exact_gradient, terms=problem.x.shape[0], operands=torch.float32)
+    check_scale_mixture(*problem.weight[:2], MIXTURE, problem.noise, kernels, device)
 
 
 def transposed(tensor: Tensor) -> Tensor:
