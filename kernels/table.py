@@ -4,7 +4,7 @@ Keys: the kernel; the arithmetic of its product ("16-bit" operands, "tf32", or "
 compute capability from which the entry holds. Values: the batch rows up to which a configuration is taken; a batch
 beyond the last samples the weights once. Entries in MEASURED come from a device, the others from the model of
 ``python -m bench.audit``: tiles within its budgets, and the end of single passes. For a forward pass of 4096 x 4096 on
-an H200 it predicts 46 us in a single pass and 56 us in two for 256 rows, 78 us and 67 us for 512: a second tile of rows
+an H200 it predicts 40 us in a single pass and 56 us in two for 256 rows, 68 us and 67 us for 512: a second tile of rows
 draws and reads all weights again.
 """
 
