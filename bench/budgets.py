@@ -32,8 +32,8 @@ INSTRUCTIONS: Mapping[str, float] = MappingProxyType(
         "_linear_backward_pair_kernel": 52.0,  # likewise, of two products or several Monte Carlo samples
     }
 )
-# Of the forward pass in tiles of 8 warps, where both halves of the warps read each tile of W. At an instruction per lane
-# and cycle it is 24 us for 4096 x 4096 weights on an H200, which take 31 us to read.
+# Of the forward pass in tiles of 8 warps, where both halves of the warps read each tile of W. It makes 24 us for 4096 x
+# 4096 weights on an H200, at an instruction per lane and cycle; to read them takes 31 us.
 EIGHT_WARPS = 41.0
 # What an estimator, or several samples in turn, change, by compute capability: "local" draws no noise of weights,
 # "flipout" draws random signs. On sm_100, whose operands have another layout, the compiler has sigma computed in both.
