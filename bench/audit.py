@@ -166,6 +166,7 @@ def layers(capability: int) -> Iterator[tuple[Layer, bool]]:
         yield Layer(rows, (1000, 1024)), True
         yield Layer(rows, (1024, 1000)), True
         yield Layer(rows, (1024, 1024), prior_per_weight=True), True
+        yield Layer(rows, (4095, 1024), prior_per_weight=True), True
     for shape, operands, rows in product(SHAPES, ("bf16", "tf32", "ieee"), ROWS):
         yield Layer(rows, shape, operands), False
     yield Layer(SAMPLED_ROWS, SQUARE, with_kl=False), False

@@ -84,7 +84,7 @@ def variant(launch: KernelLaunch) -> Variant:
         name = str(constants["DOT_DTYPE"])
         operands = constants["INPUT_PRECISION"] if name == "fp32" else name
     else:
-        names = ("sampled_ptr", "grad_weight_ptr", "out_ptr", "y_ptr", "second_x_ptr")
+        names = ("sampled_ptr", "grad_weight_ptr", "y_ptr", "second_x_ptr")
         sampled = (arguments.get(name) for name in names)
         operands = next((_dtype(tensor) for tensor in sampled if tensor is not None), "fp32")
     tile = " x ".join(f"{constants[name]} {letter}" for name, letter in TILE.items() if name in constants)
@@ -105,6 +105,7 @@ def variant(launch: KernelLaunch) -> Variant:
         "one of several samples": samples == 1 and not in_turn and arguments.get("num_samples", 1) > 1,
         "added": constants.get("ADD", False),
         "signs": constants.get("SIGNS", False),
+        "split": arguments.get("splits") is not None,
         "KL": with_kl,
         "one batch row": arguments.get("M") == 1,
         "KL only": with_kl and not launch.draws,

@@ -13,12 +13,17 @@ A kernel takes as long as the slowest of what it does at once, plus the latency 
   ahead. If loads stop the thread, its own work comes on top. By Little's law this is where too few bytes in flight
   show.
 
+A sum over splits or programs ends with whoever arrives last: after its own work it waits until what it has stored is in
+the L2 cache, for the counter, and for what the others have stored, one round trip to that cache each; and these parts
+come at the rate of one multiprocessor. Nothing overlaps with that. The parts are written to memory like other results,
+and read from the cache.
+
 Programs come in waves: as many at once as fit by registers, warps and shared memory. What counts for issue, special
 functions and matmul is the multiprocessor with the most programs of a wave. In the kernels of dmu and drho the epilogue
 follows the product, and both come again for each Monte Carlo sample; they overlap where another program is on the
 multiprocessor, and add up where there is none. PyTorch's own operations move their bytes and multiply at the rates
-above; of the compiled clean layer the instructions of its sampling kernel count too. Not in the model: traffic between
-L2 cache and multiprocessors, other hits in the L2 cache, products below the best rate for want of a good tile.
+above; of the compiled clean layer the instructions of its sampling kernel count too. Not in the model: other traffic
+between L2 cache and multiprocessors, other hits in that cache, products below the best rate for want of a good tile.
 
 Bandwidth and matmul rate are measured; the other constants, and all predictions, are not.
 """
@@ -42,6 +47,8 @@ REGISTERS, WARPS, PROGRAMS, SHARED_MEMORY = 65536, 64, 32, 228 * 1024  # of a mu
 BANDWIDTH = 4.3e12  # bytes/s of a large copy
 FLOP_RATE = 790e12  # per s, of a large bf16 product
 MEMORY_LATENCY = 800e-9  # s, of a load while memory is busy
+L2_LATENCY = 300e-9  # s, of a load, an atomic operation or a fence that has to reach the L2 cache
+L2_BANDWIDTH = 64 * CLOCK  # bytes/s that a multiprocessor gets from the L2 cache
 LAUNCH = 2e-6  # s between the ends of two kernels with no work, one waiting for the other
 
 
@@ -92,7 +99,7 @@ def predict(launch: KernelLaunch | Operation, known: dict[Variant, Facts]) -> Pr
         wave = _wave(phases, programs)
         totals[wave.limit] = totals.get(wave.limit, 0.0) + wave.seconds
     longest = max(totals, key=totals.__getitem__)
-    return Prediction(launch.name, sum(totals.values()) + LAUNCH, longest)
+    return Prediction(launch.name, sum(totals.values()) + _last_arrivals(launch, facts) + LAUNCH, longest)
 
 
 def predict_all(launches: Sequence[KernelLaunch | Operation], known: dict[Variant, Facts]) -> Prediction:
@@ -163,6 +170,17 @@ def _phases(launch: KernelLaunch, facts: Facts) -> list[_Work]:
     )
     epilogue = replace(facts, ahead=0, instructions=instructions, special=special)
     return [product, _drawing(epilogue, facts.weights, 0.0, moved / launch.programs - inputs)]
+
+
+def _last_arrivals(launch: KernelLaunch, facts: Facts) -> float:
+    """Seconds of the programs that add up others' results, after their own work: first a tile's splits, then the KL."""
+    seconds = 3 * L2_LATENCY if launch.arguments.get("kl") is not None else 0.0
+    splits = launch.arguments.get("splits")
+    if splits is not None:
+        number, _, elements = splits.parts.shape
+        loads = facts.samples * ceil((number - 1) / splits.AT_ONCE.value)
+        seconds += (2 + loads) * L2_LATENCY + 4 * (number - 1) * elements / L2_BANDWIDTH
+    return seconds
 
 
 def _bytes(tensor: Tensor) -> int:

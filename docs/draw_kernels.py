@@ -160,42 +160,45 @@ def draw_sampling() -> None:
     drawing.save("sampling")
 
 
-def draw_product(drawing: Drawing, weight: str, other: str, result: str) -> None:
-    """The inside of a program that multiplies what it draws."""
-    drawing.program(37, 40, "one program, 4 warps")
-    for i, (text, kind) in enumerate({"mu\n16 KB": PARAMETER, "rho\n16 KB": PARAMETER, "eps\n64 x 64": NOISE}.items()):
+def draw_product(drawing: Drawing, weight: str, other: str, result: str, columns: int = 64) -> None:
+    """The inside of a program that multiplies what it draws, 64 x `columns` weights at a time."""
+    drawing.program(37, 40, f"one program, {columns // 16} warps")
+    loaded = f"{columns // 4} KB"
+    boxes = {f"mu\n{loaded}": PARAMETER, f"rho\n{loaded}": PARAMETER, f"eps\n64 x {columns}": NOISE}
+    for i, (text, kind) in enumerate(boxes.items()):
         drawing.box(kind, 24.5, 14.5 + 9.8 * i, 8.2, 8.2, text)
         drawing.arrow(kind, 32.9, 18.6 + 9.8 * i, 36.2, 25.4 + 3 * i)
-    drawing.box(SAMPLE, 36.4, 24.3, 8.2, 8.2, f"${weight}$\n64 x 64\nbf16")
-    drawing.box(ACTIVATION, 47.6, 8.4, 8.2, 8.2, f"${other}^T$\n8 KB")
+    drawing.box(SAMPLE, 36.4, 24.3, 8.2, 8.2, f"${weight}$\n64 x {columns}\nbf16")
+    drawing.box(ACTIVATION, 47.6, 8.4, 8.2, 8.2, f"${other}^T$\n{columns // 8} KB")
     drawing.box(SUM, 47.6, 24.3, 8.2, 8.2, f"${result}^T$\n64 x 64\nfp32")
     drawing.arrow(SAMPLE, 44.8, 28.4, 47.4, 28.4)
     drawing.arrow(ACTIVATION, 51.7, 16.8, 51.7, 24.1)
     drawing.write(47, 20.5, f"tensor cores,\n${weight}$ on the M side", ha="right")
 
 
-def draw_traffic(drawing: Drawing, other: str, result: str, part: Place, tile: Place) -> None:
-    """What a product over four splits reads and writes: x or dY, mu and rho; partial results and their sum."""
+def draw_traffic(drawing: Drawing, other: str, result: str, part: Place, tile: Place, splits: int = 4) -> None:
+    """What a product over some splits reads and writes: x or dY, mu and rho; partial results and their sum."""
     along = part[0] if part[2] > part[3] else part[1]
-    drawing.tensor(ACTIVATION, (2, 8.4, 13.5, 4), other, (along, 0, 0.25, 1), (along, 0, 0.09, 1))
+    drawing.tensor(ACTIVATION, (2, 8.4, 13.5, 4), other, (along, 0, 1 / splits, 1), (along, 0, 0.36 / splits, 1))
     drawing.arrow(ACTIVATION, 15.7, 10.4, 47.4, 10.4)
     for y, name, end in ((17, "mu (N, K) fp32", 18.6), (33, "rho (N, K) fp32", 28.4)):
         drawing.tensor(PARAMETER, (2, y, 13.5, 11), name, part, tile)
         drawing.arrow(PARAMETER, 15.7, y + 5.5, 24.3, end)
-    drawing.write(71.3, 9.8, f"partial {result.split()[0]}, fp32")
-    for split in range(4):
-        drawing.box(RESULT, 64.5, 11.2 + 3.1 * split, 13.5, 2.7, f"split {split}: 1 MB")
-    drawing.arrow(RESULT, 56, 28.4, 64.3, 20.5)
-    drawing.arrow(RESULT, 71.2, 23.8, 71.2, 28.2)
-    drawing.write(70.2, 26, "added\nin order", ha="right")
+    drawing.write(71.3, 22.4 - 3.1 * splits, f"partial {result.split()[0]}, fp32")
+    for split in range(splits):
+        drawing.box(RESULT, 64.5, 23.8 - 3.1 * (splits - split), 13.5, 2.7, f"split {split}: 1 MB")
+    drawing.arrow(RESULT, 56, 28.4, 64.3, 21.5)
+    drawing.arrow(RESULT, 71.2, 23.6, 71.2, 28.2)
+    drawing.write(70.2, 26, "the last adds\nthem in order", ha="right")
     drawing.box(RESULT, 64.5, 28.4, 13.5, 5, f"{result}\nbf16, 0.5 MB")
 
 
 def draw_forward() -> None:
-    conclusion = "Per weight: 8 bytes read; with 64 rows 0.5 for partial sums, and 2 of x from the L2 cache"
+    conclusion = "Per weight: 8 bytes read; with 64 rows 0.25 for partial sums, and 2 of x from the L2 cache"
     drawing = Drawing(54, "Forward, single pass: W is drawn where it is multiplied", ALL, conclusion)
-    draw_product(drawing, "W", "x", "y")
-    draw_traffic(drawing, "x (M, K) bf16", "y (M, N)", (0.25, 0.4, 0.25, 0.12), (0.25, 0.4, 0.09, 0.12))
+    draw_product(drawing, "W", "x", "y", columns=128)
+    part, tile = (0.5, 0.4, 0.5, 0.12), (0.5, 0.4, 0.18, 0.12)
+    draw_traffic(drawing, "x (M, K) bf16", "y (M, N)", part, tile, splits=2)
     drawing.box(SUM, 36.4, 37, 19.4, 5, "sum of log2 sigma,\nsum of squares")
     drawing.box(RESULT, 64.5, 37, 13.5, 5, "partial KL: 4 B\na program")
     drawing.arrow(RESULT, 56, 39.5, 64.3, 39.5)

@@ -27,14 +27,14 @@ from fusedbayes.kernels.sample import sample_layer
 from fusedbayes.kernels.second_operands import second_operands
 from fusedbayes.kernels.select import select_config
 from fusedbayes.kernels.streams import batch_of, sample_after
-from fusedbayes.kernels.sums import new_total, partial_results, reduce, sum_in_order, value_of
+from fusedbayes.kernels.sums import add_parts, arrive_last, new_splits, new_total, store_part, sum_in_order, value_of
 from fusedbayes.kernels.tile_kl import open_charge, total_kl
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _linear_forward_kernel(
-    y_ptr,  # (num_samples, M, N) row-major, or (splits, num_samples, M, N) fp32 partial results; of a pair of products
-    # (splits, 2, num_samples, M, N) fp32
+    y_ptr,  # (num_samples, M, N) row-major; of a pair of products (splits, 2, num_samples, M, N) fp32
+    splits,  # `Splits` of y; None if there is one alone, or a pair of products
     kl,  # a `Total` of splits * cdiv(N, BLOCK_N) parts, or None
     x_ptr,  # (num_samples, M, K)
     weight,  # a `Gaussian` (N, K)
@@ -135,13 +135,13 @@ def _linear_forward_kernel(
     kl_part = 0.0
     if kl is not None:
         kl_part = total_kl(kl_sums, charge)
-    in_bounds = (rows < N)[:, None] & (batch < M)[None, :]
-    # 32-bit offsets within the tile: of a large one, 64-bit addresses would not fit the registers.
-    y_offsets = tl.arange(0, BLOCK_M)[None, :] * N + tl.arange(0, BLOCK_N)[:, None]
+    tile, number = tile_m * tl.num_programs(0) + tl.program_id(0), tl.num_programs(1)
+    tiles_of_y = tl.num_programs(0) * tl.num_programs(2) * PRODUCTS
+    sums, starts = (), ()
     for i in tl.static_range(PRODUCTS):
         product, index, plane = products[i], first_sample, (split.to(tl.int64) * PRODUCTS + i) * num_samples
         if ESTIMATOR == "shared":
-            index, plane = tl.minimum(first_sample + i, num_samples - 1), split.to(tl.int64) * num_samples
+            index, plane = tl.minimum(first_sample + i, num_samples - 1), 0
         if bias.mu is not None:
             if split == 0:
                 bias_columns = tl.cast(bias_column, tl.int64) + rows
@@ -150,8 +150,22 @@ def _linear_forward_kernel(
                 product += b[:, None]
                 if i == 0:
                     kl_part += bias_kl
-        tile_ptr = y_ptr + ((plane + index) * M + first_batch) * N + first_row
-        tl.store(tile_ptr + y_offsets, product.to(y_ptr.dtype.element_ty), mask=in_bounds)
+        if splits is not None:
+            store_part(product, splits, split, tile * PRODUCTS + i, tiles_of_y)
+        sums += (product,)
+        starts += (((plane + index) * M + first_batch) * N + first_row,)
+    last = True
+    if splits is not None:
+        last = arrive_last(splits.counters + 1 + tile, number)
+    if last:
+        in_bounds = (rows < N)[:, None] & (batch < M)[None, :]
+        # 32-bit offsets within the tile: of a large one, 64-bit addresses would not fit the registers.
+        y_offsets = tl.arange(0, BLOCK_M)[None, :] * N + tl.arange(0, BLOCK_N)[:, None]
+        for i in tl.static_range(PRODUCTS):
+            y = sums[i]
+            if splits is not None:
+                y = add_parts(y, splits, split, number, tile * PRODUCTS + i, tiles_of_y)
+            tl.store(y_ptr + starts[i] + y_offsets, y.to(y_ptr.dtype.element_ty), mask=in_bounds)
     if kl is not None:
         if (tile_m == 0) & (first_sample == 0):
             tiles_n = tl.cdiv(N, BLOCK_N)
@@ -182,10 +196,18 @@ def _single_pass(
     splits = triton.cdiv(tiles_k, tiles_per_split)
     samples = 1 if pair else config.samples
     y = x.new_empty((rows, N))
-    partial = x.new_empty((splits, 2, products, N), dtype=torch.float32) if pair else partial_results(y, splits)
-    kl = new_total(x, splits * tiles_n) if with_kl else None
-    _linear_forward_kernel[(triton.cdiv(batches, samples) * tiles_n, splits, triton.cdiv(M, config.block_m))](
-        partial,
+    grid = triton.cdiv(batches, samples) * tiles_n, splits, triton.cdiv(M, config.block_m)
+    out, adding, counters = y, None, None
+    if pair:
+        out = x.new_empty((splits, 2, products, N), dtype=torch.float32)
+    elif splits > 1:
+        tile = samples * config.block_m * config.block_n
+        adding = new_splits(y, splits, grid[0] * grid[2], tile, 32 * config.num_warps)
+        counters = adding.counters
+    kl = new_total(x, splits * tiles_n, counters) if with_kl else None
+    _linear_forward_kernel[grid](
+        out,
+        adding,
         kl,
         x,
         gaussian(weight),
@@ -217,8 +239,8 @@ def _single_pass(
         num_stages=config.num_stages,
     )
     if pair:
-        return y, value_of(kl, x), combine(y, partial[:, 0], partial[:, 1], key, addresses[0], num_samples, estimator)
-    return reduce(y, partial, splits), value_of(kl, x), x.new_empty(0, num_samples)
+        return y, value_of(kl, x), combine(y, out[:, 0], out[:, 1], key, addresses[0], num_samples, estimator)
+    return y, value_of(kl, x), x.new_empty(0, num_samples)
 
 
 def _in_two_passes(

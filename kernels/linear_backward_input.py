@@ -25,7 +25,7 @@ from fusedbayes.kernels.sample import NO_BIAS, sample_layer
 from fusedbayes.kernels.second_operands import Operands
 from fusedbayes.kernels.select import select_config
 from fusedbayes.kernels.streams import batch_of, sample_after
-from fusedbayes.kernels.sums import partial_results, reduce
+from fusedbayes.kernels.sums import add_parts, arrive_last, new_splits, store_part
 
 
 class _Tiles(NamedTuple):
@@ -97,7 +97,8 @@ def _step(
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _linear_backward_input_kernel(
-    grad_x_ptr,  # (num_samples, M, K) row-major, or (splits, num_samples, M, K) fp32 partial results
+    grad_x_ptr,  # (num_samples, M, K) row-major
+    splits,  # `Splits` of dX, or None if there is one alone
     grad_y_ptr,  # (num_samples, M, N)
     second_grad_ptr,  # likewise, of the second product
     x_ptr,  # (num_samples, M, K) row-major, or any for "shared"
@@ -182,8 +183,16 @@ def _linear_backward_input_kernel(
         x = tl.load(x_ptr + start + offsets, mask=in_bounds, other=0.0)
         second_x = tl.load(second_x_ptr + start + offsets, mask=in_bounds, other=0.0)
         grad_x += second_term(products[1], x, second_x, ESTIMATOR)
-    grad_x_ptr += split.to(tl.int64) * num_samples * M * K + start
-    tl.store(grad_x_ptr + offsets, grad_x.to(grad_x_ptr.dtype.element_ty), mask=in_bounds)
+    last = True
+    if splits is not None:
+        tile, number = tile_m * tl.num_programs(0) + tl.program_id(0), tl.num_programs(1)
+        tiles_of_x = tl.num_programs(0) * tl.num_programs(2)
+        store_part(grad_x, splits, split, tile, tiles_of_x)
+        last = arrive_last(splits.counters + 1 + tile, number)
+        if last:
+            grad_x = add_parts(grad_x, splits, split, number, tile, tiles_of_x)
+    if last:
+        tl.store(grad_x_ptr + start + offsets, grad_x.to(grad_x_ptr.dtype.element_ty), mask=in_bounds)
 
 
 def _in_two_passes(
@@ -245,10 +254,11 @@ def bayes_linear_backward_input(
     assert tiles_per_split > 0  # `fits` sees to it
     splits = triton.cdiv(tiles_n, tiles_per_split)
     grad_x = grad_y.new_empty((rows, K))
-    partial = partial_results(grad_x, splits)
+    tile = config.block_m * config.block_k
     grid = (num_samples * triton.cdiv(K, config.block_k), splits, triton.cdiv(M, config.block_m))
     _linear_backward_input_kernel[grid](
-        partial,
+        grad_x,
+        new_splits(grad_y, splits, grid[0] * grid[2], tile, 32 * config.num_warps) if splits > 1 else None,
         grad_y,
         second_grad,
         x,
@@ -274,4 +284,4 @@ def bayes_linear_backward_input(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return reduce(grad_x, partial, splits)
+    return grad_x

@@ -64,7 +64,7 @@ def select_config(
     elif kernel == "backward_weight" and pair:
         config = replace(config, block_n=config.block_n // 2)
     elif pair:
-        config = replace(config, block_m=max(16, config.block_m // 2))
+        config = _of_two_products(config, kernel, architecture)
         masked = kernel == "backward_input" and N % config.block_n != 0
         if kernel == "backward_input" and (config.block_m >= 64 or (masked and config.block_m >= 32)):
             # Fewer columns would not fill the tensor cores' M side.
@@ -89,7 +89,25 @@ def select_config(
     remainder = {"forward": K % config.block_k, "backward_input": N % config.block_n, "backward_weight": 0}[kernel]
     if not config.single_pass or (config.block_m >= 128 and remainder != 0) or not fits(kernel, config, shape):
         return SAMPLE_ONCE
-    return replace(config, splits=_splits(kernel, config, shape, multiprocessors, num_samples))
+    config = replace(config, splits=_splits(kernel, config, shape, multiprocessors, num_samples))
+    if kernel == "forward" and config.block_k > 64:
+        programs = triton.cdiv(N, config.block_n) * config.splits
+        if K % config.block_k != 0 or programs < multiprocessors // 2:
+            # A small layer is split more often in narrow tiles, and these have a cheaper masked step.
+            config = replace(config, block_k=64, num_warps=4)
+            config = replace(config, splits=_splits(kernel, config, shape, multiprocessors, num_samples))
+    return config
+
+
+def _of_two_products(config: MatmulConfig, kernel: Kernel, architecture: int) -> MatmulConfig:
+    """Half the batch rows; of a tile for 8 warps what 4 warps have the registers for, so that two programs fit."""
+    block_m = max(16, config.block_m // 2)
+    if config.num_warps == 4 or not config.single_pass:
+        return replace(config, block_m=block_m)
+    config = replace(config, block_m=block_m, block_k=64, num_warps=4, num_stages=3 if block_m < 64 else 2)
+    if kernel == "forward" and block_m >= 128 and architecture < 100:
+        return replace(config, block_k=32, unroll=2)
+    return config
 
 
 def _with_samples(config: MatmulConfig, K: int, num_samples: int, arithmetic: str, architecture: int) -> MatmulConfig:
@@ -104,7 +122,7 @@ def _with_samples(config: MatmulConfig, K: int, num_samples: int, arithmetic: st
     samples = min(samples, 1 << (num_samples - 1).bit_length())
     if arithmetic != "16-bit" or not config.single_pass or samples < 2:
         return config
-    return replace(config, samples=samples, block_k=32, num_stages=3)
+    return replace(config, samples=samples, block_k=32, num_warps=4, num_stages=3)
 
 
 def _splits(
@@ -112,7 +130,8 @@ def _splits(
 ) -> int:
     """Parts of the sum over inputs (forward) or outputs (dX), so that enough programs share the device.
 
-    Two programs per multiprocessor hide each other's waits; a part has four tiles or more, for the pipeline.
+    Two programs of 4 warps per multiprocessor hide each other's waits; of 8 warps there is room for one. A part has
+    four tiles or more, for the pipeline.
     """
     M, N, K = shape
     if kernel == "backward_weight":
@@ -122,7 +141,8 @@ def _splits(
     )
     batches = triton.cdiv(num_samples, config.samples) * triton.cdiv(M, config.block_m)
     programs = math.ceil(result) * batches
-    return max(1, min(2 * multiprocessors // programs, math.ceil(terms) // 4))
+    resident = multiprocessors * (2 if config.num_warps == 4 else 1)
+    return max(1, min(resident // programs, math.ceil(terms) // 4))
 
 
 def _power_of_two(number: int) -> int:

@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+import triton.language as tl
 
 from bench import audit, roofline, sass
 from bench.budgets import (
+    EIGHT_WARPS,
     FURTHER_SAMPLE,
     IN_TURN_SAMPLE,
     INSTRUCTIONS,
@@ -27,6 +29,7 @@ from bench.budgets import (
 from bench.facts import IN_TURN, Facts, Variant, _loop_around, further_sample
 from bench.launches import KernelLaunch, Operation, _Recorder
 from fusedbayes.kernels.parameter import gaussian
+from fusedbayes.kernels.sums import Splits
 
 ROOT = Path(__file__).parent.parent
 EIGHT_SAMPLES = "_linear_forward_kernel", "bf16", "8 samples"
@@ -104,6 +107,14 @@ def test_each_budget_of_special_functions_is_kept(kernel: str, budget: float) ->
     assert violations([facts(kernel, "fp32", "KL", special=budget)]) == []
     (found,) = violations([facts(kernel, "fp32", "KL", special=budget + 0.5)])
     assert f"{budget + 0.5:.2f} special functions per weight; the budget is {budget:g}" in found
+
+
+def test_a_forward_tile_of_eight_warps_has_a_budget_of_its_own() -> None:
+    wide = facts(instructions=EIGHT_WARPS)
+    wide = dataclasses.replace(wide, variant=wide.variant._replace(tile="256 M x 64 N x 64 K, 8 warps, 3 stages"))
+    assert violations([wide]) == []
+    (found,) = violations([dataclasses.replace(wide, instructions=EIGHT_WARPS + 0.5)])
+    assert f"{EIGHT_WARPS + 0.5:.2f} instructions per weight; the budget is {EIGHT_WARPS:g}" in found
 
 
 @pytest.mark.parametrize(("kernel", "estimator"), OF_ESTIMATOR)
@@ -242,6 +253,23 @@ def work(launch: KernelLaunch) -> roofline._Work:
     """Of all programs together."""
     (each,) = roofline._phases(launch, facts(samples=launch.constants.get("SAMPLES", 1)))
     return roofline._Work(*(launch.programs * value for value in each))
+
+
+def test_the_last_arrivals_add_up_what_the_others_have_stored() -> None:
+    def tail(launch: KernelLaunch, **arguments: object) -> float:
+        launch = launch._replace(arguments=launch.arguments | arguments)
+        return roofline._last_arrivals(launch, facts())
+
+    def parts(splits: int, elements: int, at_once: int = 1) -> Splits:
+        return Splits(torch.empty(splits, 2, elements), torch.zeros(3, dtype=torch.int32), tl.constexpr(at_once))
+
+    launch, latency, port = forward(1, 1), roofline.L2_LATENCY, roofline.L2_BANDWIDTH
+    assert tail(launch) == 0.0
+    assert tail(launch, kl=object()) == pytest.approx(3 * latency)
+    # Its own part is in registers.
+    assert tail(launch, splits=parts(2, 4096)) == pytest.approx(3 * latency + 4 * 4096 / port)
+    assert tail(launch, splits=parts(4, 1000)) == pytest.approx(5 * latency + 3 * 4 * 1000 / port)
+    assert tail(launch, splits=parts(4, 1000, at_once=3)) == pytest.approx(3 * latency + 3 * 4 * 1000 / port)
 
 
 def test_samples_share_one_read_of_the_weights_and_tiles_of_rows_do_not() -> None:

@@ -82,9 +82,10 @@ def test_a_split_sum_fills_the_device(kernel: Any) -> None:
         if kernel == "backward_input":
             result, terms = K // config.block_k, N // config.block_n
         programs = result * config.splits
-        # One to two programs for each of 132 multiprocessors, unless a split would have fewer than four tiles to add.
-        assert programs <= 2 * 132 or config.splits == 1
-        assert programs > 132 or terms // config.splits in range(4, 8)
+        # At most 8 warps for each of 132 multiprocessors, and half of that unless a split would have fewer than four
+        # tiles to add.
+        assert programs * config.num_warps <= 8 * 132 or config.splits == 1
+        assert programs * config.num_warps > 4 * 132 or terms // config.splits in range(4, 8)
 
 
 def test_ragged_columns_are_sampled_once() -> None:

@@ -10,15 +10,20 @@ from problems import (
     DTYPES,
     EXTREME_RHO,
     PRIORS,
+    Problem,
     assert_close,
     assert_kl_close,
     check_bayes_linear,
+    check_input_gradient,
     make_parameter,
     make_problem,
 )
+from torch import Tensor
+from triton.runtime import interpreter
 
 from fusedbayes import kernels, reference
 from fusedbayes.kernels import MatmulConfig, TileConfig
+from fusedbayes.kernels.sums import arrival_counters
 from fusedbayes.noise import Address
 
 ops = torch.ops.fusedbayes
@@ -27,6 +32,7 @@ ops = torch.ops.fusedbayes
 TILE = TileConfig(block_n=16, block_k=16)
 SINGLE_PASS = MatmulConfig(16, 16, 16)
 SPLIT = replace(SINGLE_PASS, splits=2)
+MORE_SPLITS = replace(SINGLE_PASS, splits=3)
 UNROLLED = replace(SINGLE_PASS, unroll=2)
 SAMPLE_ONCE = replace(SINGLE_PASS, single_pass=False)
 CONFIGS = pytest.mark.parametrize(
@@ -43,6 +49,54 @@ def test_bayes_linear(
     kernel_device: str, shape: tuple[int, int, int], dtype: torch.dtype, config: MatmulConfig | None
 ) -> None:
     check_bayes_linear(make_problem(shape, dtype=dtype), config, kernel_device)
+
+
+def run_both(problem: Problem, config: MatmulConfig) -> list[Tensor]:
+    """y and KL, and dX."""
+    grad_x = kernels.bayes_linear_backward(*problem.backward_input, config=config)[0]
+    return [*kernels.bayes_linear(*problem.forward, config=config)[:2], grad_x]
+
+
+@pytest.mark.parametrize(("config", "num_samples"), [(SPLIT, 1), (MORE_SPLITS, 2)], ids=["two", "three-2-samples"])
+def test_splits_of_a_sum(kernel_device: str, config: MatmulConfig, num_samples: int) -> None:
+    """Launch after launch they add up to the same bits, and their counters are zeros again."""
+    problem = make_problem((17, 21, 44), num_samples=num_samples)
+    check_bayes_linear(problem, config, kernel_device)
+    check_input_gradient(problem, config, kernel_device)
+    moved = problem.to(kernel_device)
+    first, again = run_both(moved, config), run_both(moved, config)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not arrival_counters(moved.x, 1).any()
+
+
+@pytest.mark.parametrize("last", [0, 1])
+@pytest.mark.parametrize("block_m", [16, 128], ids=["parts-at-once", "one-part-after-another"])
+def test_the_split_that_comes_last_changes_nothing(
+    kernel_device: str, monkeypatch: pytest.MonkeyPatch, block_m: int, last: int
+) -> None:
+    if kernel_device != "cpu":
+        pytest.skip("a GPU starts programs as it likes")
+    config = MatmulConfig(block_m, 16, 16, num_warps=1, splits=3)
+    problem = make_problem((5, 48, 48))
+    expected = run_both(problem, config)
+    builder = interpreter.interpreter_builder
+    call = builder.set_grid_idx
+
+    def in_another_order(x: int, y: int, z: int) -> None:
+        assert builder.grid_dim[1] == 3
+        call(x, (y + last + 1) % 3, z)
+
+    monkeypatch.setattr(builder, "set_grid_idx", in_another_order)
+    assert all(torch.equal(a, b) for a, b in zip(run_both(problem, config), expected, strict=True))
+    assert not arrival_counters(problem.x, 1).any()
+
+
+def test_counters_for_any_number_of_tiles() -> None:
+    like = torch.empty(0)
+    assert arrival_counters(like, 1) is arrival_counters(like, 2)
+    number = arrival_counters(like, 1).numel() + 1
+    assert arrival_counters(like, number).shape == (number,)
+    assert not arrival_counters(like, number).any()
 
 
 @pytest.mark.parametrize("config", [SINGLE_PASS, SAMPLE_ONCE], ids=["single-pass", "sample-once"])
