@@ -2,9 +2,9 @@
 
 Of a 16 x 16 block of the 16-bit operand (wgmma's and mma's A) thread 4g + t of a warp has rows g and g + 8, columns 2t,
 2t + 1, 2t + 8 and 2t + 9. A product may go through its columns in any order: here these four are a quad, 4t .. 4t + 3,
-and the rows of x are loaded in the same order. Triton gives a tile of 16 adjacent columns to 8 rows of 4 threads in each
-of 4 warps, 32 rows, then to the same threads again; a block has 16 rows: the rows are taken in an order that makes both
-the same. The result does not depend on who has what. If Triton divides a tile otherwise, weights change threads.
+and the rows of x are loaded in the same order. Triton gives a tile of 16 adjacent columns to 8 rows of 4 threads in
+each of 4 warps, 32 rows, then to the same threads again; a block has 16 rows: the rows are taken in an order that makes
+both the same. The result does not depend on who has what: if Triton divides a tile otherwise, weights change threads.
 """
 
 import triton

@@ -106,9 +106,7 @@ def step(
                 eps = normal_blocks(noise.seed, noise.rows, quads, index, noise.stream, True)
                 weight = as_operand(mu + scale * eps)
             else:
-                weight = mu + scale * normal_tile(
-                    noise.seed, noise.rows, quads, index, noise.stream, len(products) > 1
-                )
+                weight = mu + scale * normal_tile(noise.seed, noise.rows, quads, index, noise.stream, len(products) > 1)
             sums += (_dot(weight, x, products[i], X_DTYPE, DOT_DTYPE, INPUT_PRECISION),)
     else:
         x_ptr = tiles.x_ptr + tl.cast(first, tl.int64) * tiles.stride_xk + tiles.first * tiles.stride_xs

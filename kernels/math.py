@@ -108,7 +108,7 @@ def negative(x):
 def scaled_difference(scale: tl.constexpr, unit: tl.constexpr, x):
     """Scale (1 - unit x) for a unit that is a power of two, relatively accurate for unit x next to 1."""
     if fast():
-        y = tl.fma(x, -scale * unit, scale)
+        y = tl.fma(x, -(scale * unit), scale)
     else:  # the interpreter's fma rounds twice
         y = scale * (1.0 - unit * x)
     return y

@@ -14,6 +14,9 @@ from fusedbayes.kernels.math import cos, log2, multiply_wide, negative, scaled_d
 
 ROUNDS = tl.constexpr(7)
 ROOT = tl.constexpr(1.1774100225154747)  # sqrt(2 ln 2)
+WIDER = tl.constexpr(1.0 + 2.0**-22)
+SLOPE = tl.constexpr(2.00135 / 1.3862943611198906)  # over 2 ln 2, for the logarithm to base 2
+UNIT = tl.constexpr(2.0**-32)
 LOCAL, FLIPOUT_INPUT, FLIPOUT_OUTPUT = map(tl.constexpr, (streams.LOCAL, streams.FLIPOUT_INPUT, streams.FLIPOUT_OUTPUT))
 
 
@@ -61,15 +64,15 @@ def load_key(seed_ptr, sample_ptr):
 def _box_muller(radius_word, angle_word, IN_ROOTS: tl.constexpr):
     """Two standard normals of two words: u = x0 2^-32 + 2^-33, theta = pi int32(x1) 2^-31, z = r (cos, sin) theta.
 
-    r^2 = 2 ln 2 (-lg u). Near u = 1 the hardware's logarithm may be wrong by more than itself, but there -ln u is nearly
-    1 - u: take the larger of that line and of the logarithm of a u that is larger by a factor of 1 + 2^-22, which
-    lowers it by more than its largest error, 2^-22. The line's slope balances the errors of r on both sides of where
-    they cross, u = 0.9982: 6.8e-6 (docs/kernels.md). IN_ROOTS: z / ROOT, one multiplication less.
+    r^2 = -2 ln 2 lg u. Near u = 1 the hardware's logarithm may be wrong by more than itself, but there -lg u is nearly
+    proportional to 1 - u: take the larger of that line and of the logarithm of a u that is larger by a factor WIDER,
+    which lowers it by more than its largest error, 2^-22. The line's slope balances the errors of r on both sides of
+    where they cross, u = 0.9982: 6.8e-6 (docs/kernels.md). IN_ROOTS: z / ROOT, one multiplication less.
     """
     word = radius_word.to(tl.float32)
     # The line can do without the 2^-33: where it counts, that is rounded away.
-    line = scaled_difference(1.44366886, 2.3283064365386963e-10, word)
-    squared = tl.maximum(negative(log2(word * 2.3283069916502086e-10 + 1.1641532182693481e-10)), line)
+    line = scaled_difference(SLOPE, UNIT, word)
+    squared = tl.maximum(negative(log2(word * (UNIT * WIDER) + 0.5 * UNIT)), line)
     if not IN_ROOTS:
         squared *= ROOT * ROOT
     theta = angle_word.to(tl.int32, bitcast=True).to(tl.float32) * 1.4629180792671596e-09  # pi 2^-31

@@ -44,8 +44,9 @@ def open_charge(weight, start, counted, ROWS: tl.constexpr):
 
 @triton.jit
 def add_kl(sums, charge, mu, sigma, offsets, exist, quads_exist):
-    """The logarithms and squares (ROWS, Q) of `kl_terms`, with those of one more tile (R, 4 Q) at `offsets`, or its blocks.
+    """The logarithms and squares (ROWS, Q) of `kl_terms`, with those of one more tile (R, 4 Q), or its blocks.
 
+    offsets: of its elements.
     exist, quads_exist: which of its columns and of its quads, or None if all.
     """
     logarithms, squares = sums
