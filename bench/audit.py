@@ -179,7 +179,8 @@ def layers(capability: int) -> Iterator[tuple[Layer, bool]]:
     if capability == 90:
         for samples, estimator in product(PREDICTED_SAMPLES, ESTIMATORS):
             how = {"num_samples": samples, "estimator": estimator, "with_backward": False}
-            yield Layer(MONTE_CARLO_ROWS, SQUARE, with_kl=False, **how), True
+            for same_input in (False, True):
+                yield Layer(MONTE_CARLO_ROWS, SQUARE, with_kl=False, same_input=same_input, **how), True
 
 
 def estimator_layers() -> Iterator[Layer]:

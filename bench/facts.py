@@ -11,6 +11,7 @@ TILE = {"BLOCK_M": "M", "BLOCK_N": "N", "BLOCK_K": "K"}
 # Their noise is drawn after the loop with the product, in that of every other matrix kernel.
 EPILOGUES = ("_linear_backward_weight_kernel", "_linear_backward_pair_kernel")
 IN_TURN = "samples in turn"  # the trait of a program that works on all Monte Carlo samples, one after another
+ONE_INPUT = "one input"  # the trait of a program that draws several Monte Carlo samples for one batch
 SINGLE_PASS = "_linear_forward_kernel"  # which forms the second product's operands itself
 
 
@@ -101,6 +102,7 @@ def variant(launch: KernelLaunch) -> Variant:
     flags = {
         estimator: estimator != "shared",
         f"{samples} samples": samples > 1,
+        ONE_INPUT: samples > 1 and constants["SAME_INPUT"],
         IN_TURN: in_turn,
         "one of several samples": samples == 1 and not in_turn and arguments.get("num_samples", 1) > 1,
         "added": constants.get("ADD", False),
@@ -136,7 +138,7 @@ def further_sample(facts: Facts, others: Iterable[Facts]) -> float | None:
         if other.instructions is not None
         and other.samples == 1
         and (other.variant.kernel, other.variant.capability, other.variant.operands) == v[:3]
-        and set(v.traits) - {f"{facts.samples} samples"} == set(other.variant.traits)
+        and set(v.traits) - {f"{facts.samples} samples", ONE_INPUT} == set(other.variant.traits)
     ]
     if facts.instructions is None or facts.samples == 1 or not alone:
         return None

@@ -10,6 +10,7 @@ from torch import Tensor
 from fusedbayes.kernels.bias import bias_term
 from fusedbayes.kernels.combine import combine
 from fusedbayes.kernels.config import MatmulConfig, fits
+from fusedbayes.kernels.fragments import block_columns, fragment_columns, fragment_rows, in_fragments
 from fusedbayes.kernels.launch import (
     NOT_SPECIALIZED,
     Parameter,
@@ -58,6 +59,7 @@ def _linear_forward_kernel(
     EVEN_K: tl.constexpr,  # BLOCK_K divides K
     X_QUADS: tl.constexpr,  # x has whole quads of adjacent columns
     SAME_INPUT: tl.constexpr,  # x is (M, K), one batch for all samples
+    IN_FRAGMENTS: tl.constexpr,  # weights are drawn in the order of the product's operand
     KL_ROWS: tl.constexpr,  # that the threads cover at once: a thread adds up the rows that it has
     DOT_DTYPE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
@@ -86,16 +88,23 @@ def _linear_forward_kernel(
     first_row, first_batch = tile_n * BLOCK_N, tile_m * BLOCK_M
     rows, batch = first_row + tl.arange(0, BLOCK_N), first_batch + tl.arange(0, BLOCK_M)
     # Rows that stick out repeat the last one: drawn, multiplied and not stored, so that no load needs a mask for them.
-    weight_offsets = (tl.minimum(rows, N - 1) - first_row)[:, None] * K + tl.arange(0, BLOCK_K)[None, :]
+    drawn, columns = rows, tl.arange(0, BLOCK_K)
+    if IN_FRAGMENTS:
+        drawn, columns = first_row + fragment_rows(BLOCK_N), fragment_columns(BLOCK_K)
+    row_offsets = (tl.minimum(drawn, N - 1) - first_row) * K
+    if IN_FRAGMENTS:
+        weight_offsets = row_offsets[None, :, None] + block_columns(BLOCK_K)
+    else:
+        weight_offsets = row_offsets[:, None] + columns[None, :]
     x_offsets = (tl.minimum(batch, M - 1) - first_batch)[None, :] * stride_xm
-    x_offsets += tl.arange(0, BLOCK_K)[:, None] * stride_xk
+    x_offsets += columns[:, None] * stride_xk
     x_ptr += first_batch.to(tl.int64) * stride_xm
     start = first_row.to(tl.int64) * K
     seed, sample = load_key(seed_ptr, sample_ptr)
-    noise = Noise(seed, row_offset + rows, quad_offset + tl.arange(0, BLOCK_K // 4), sample, stream)
+    noise = Noise(seed, row_offset + drawn, quad_offset + tl.arange(0, BLOCK_K // 4), sample, stream)
     charge = None
     if kl is not None:
-        exist = (rows < N)[:, None]
+        exist = (drawn < N)[:, None]
         if EVEN_N:
             exist = tl.full((BLOCK_N, 1), True, tl.int1)  # folded
         charge = open_charge(weight, start, exist, KL_ROWS)
@@ -195,6 +204,9 @@ def _single_pass(
     tiles_per_split = triton.cdiv(tiles_k, config.splits)
     splits = triton.cdiv(tiles_k, tiles_per_split)
     samples = 1 if pair else config.samples
+    fragments = in_fragments(config, samples, x)
+    # The threads of a tile have four columns each; in fragments a row has four of them.
+    columns = 16 if fragments else config.block_k
     y = x.new_empty((rows, N))
     grid = triton.cdiv(batches, samples) * tiles_n, splits, triton.cdiv(M, config.block_m)
     out, adding, counters = y, None, None
@@ -227,7 +239,8 @@ def _single_pass(
         EVEN_K=K % config.block_k == 0,
         X_QUADS=whole_quads(x.stride()),
         SAME_INPUT=same_input,
-        KL_ROWS=min(config.block_n, max(1, 4 * 32 * config.num_warps // config.block_k)),
+        IN_FRAGMENTS=fragments,
+        KL_ROWS=min(config.block_n, max(1, 4 * 32 * config.num_warps // columns)),
         **dot_options(x),
         ESTIMATOR=estimator,
         UNROLL=config.unroll,

@@ -5,9 +5,10 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from fusedbayes.kernels.fragments import as_operand, block_columns, fragment_columns, normal_blocks
 from fusedbayes.kernels.gaussian import sigma_from_rho
 from fusedbayes.kernels.math import anew, once
-from fusedbayes.kernels.noise import FLIPOUT_INPUT, negative_tile, normal_tile
+from fusedbayes.kernels.noise import FLIPOUT_INPUT, ROOT, negative_tile, normal_tile
 from fusedbayes.kernels.parameter import load_elements
 from fusedbayes.kernels.tile_kl import add_kl
 
@@ -17,7 +18,7 @@ class Tiles(NamedTuple):
 
     Attributes:
         x_ptr, mu_ptr, rho_ptr: at the program's first row; x_offsets (BLOCK_K, BLOCK_M), weight_offsets (BLOCK_N,
-            BLOCK_K): of the first tile of columns.
+            BLOCK_K), or (BLOCK_K / 16, BLOCK_N, 16) for a tile in fragments: of the first tile of columns.
         stride_xs: between the batches of two Monte Carlo samples.
         first, last: of the Monte Carlo samples, the program's first one and the last of all, counted from `noise`'s.
         noise: of the first tile of columns.
@@ -65,7 +66,8 @@ def step(
     "shared": W x for the W of each Monte Carlo sample. "local": mu x and sigma^2 x^2. "flipout": mu x and
     (sigma eps) (r x).
     """
-    BLOCK_K: tl.constexpr = tiles.weight_offsets.shape[1]
+    BLOCK_K: tl.constexpr = tiles.x_offsets.shape[0]
+    IN_FRAGMENTS: tl.constexpr = len(tiles.weight_offsets.shape) == 3
     X_DTYPE: tl.constexpr = tiles.x_ptr.dtype.element_ty
     noise = tiles.noise
     first = tile_k * BLOCK_K
@@ -75,21 +77,36 @@ def step(
     if MASKED:
         columns = first + tl.arange(0, BLOCK_K)
         exist, x_exist = (columns < tiles.K)[None, :], (columns < tiles.K)[:, None]
+        if IN_FRAGMENTS:
+            exist = first + block_columns(BLOCK_K) < tiles.K
+            x_exist = (first + fragment_columns(BLOCK_K) < tiles.K)[:, None]
         quads_exist = (first + 4 * tl.arange(0, BLOCK_K // 4) < tiles.K)[None, :]
     mu = load_elements(tiles.mu_ptr, offsets, exist, 0.0).to(tl.float32)
     sigma = sigma_from_rho(load_elements(tiles.rho_ptr, offsets, exist, 0.0).to(tl.float32))
     quads = noise.columns + tile_k * (BLOCK_K // 4)
     sums = ()
     if ESTIMATOR == "shared":
+        scale = sigma
+        if len(products) > 1:
+            scale = sigma * ROOT
         for i in tl.static_range(len(products)):
             # What is beyond the last sample repeats it: drawn, multiplied, and stored alike.
             sample = tl.minimum(tiles.first + i, tiles.last)
-            x_ptr = tiles.x_ptr + tl.cast(first, tl.int64) * tiles.stride_xk + sample * tiles.stride_xs
-            x = load_elements(x_ptr, tiles.x_offsets, x_exist, 0.0)
+            x_ptr, x_offsets = tiles.x_ptr + sample * tiles.stride_xs, tiles.x_offsets
+            if IN_FRAGMENTS:
+                # As with mu and rho: the loads are small, and a 64-bit pointer of each sample would have to move on.
+                x_offsets += first * tiles.stride_xk
+            else:
+                x_ptr += tl.cast(first, tl.int64) * tiles.stride_xk
+            x = load_elements(x_ptr, x_offsets, x_exist, 0.0)
             index = noise.sample + sample
             if len(products) > 1:
                 index = anew(index, tile_k)
-            weight = mu + sigma * normal_tile(noise.seed, noise.rows, quads, index, noise.stream)
+            if IN_FRAGMENTS:
+                eps = normal_blocks(noise.seed, noise.rows, quads, index, noise.stream, True)
+                weight = as_operand(mu + scale * eps)
+            else:
+                weight = mu + scale * normal_tile(noise.seed, noise.rows, quads, index, noise.stream, len(products) > 1)
             sums += (_dot(weight, x, products[i], X_DTYPE, DOT_DTYPE, INPUT_PRECISION),)
     else:
         x_ptr = tiles.x_ptr + tl.cast(first, tl.int64) * tiles.stride_xk + tiles.first * tiles.stride_xs

@@ -95,12 +95,22 @@ def absolute(x):
 
 
 @triton.jit
-def scaled_difference(scale: tl.constexpr, x):
-    """Scale (1 - x), relatively accurate for x next to 1."""
+def negative(x):
+    """-x; Triton's own is 0 - x, an instruction, this a modifier of the one that reads it."""
     if fast():
-        y = tl.fma(x, -scale, scale)
+        y = _ptx("neg.f32", x)
+    else:
+        y = -x
+    return y
+
+
+@triton.jit
+def scaled_difference(scale: tl.constexpr, unit: tl.constexpr, x):
+    """Scale (1 - unit x) for a unit that is a power of two, relatively accurate for unit x next to 1."""
+    if fast():
+        y = tl.fma(x, -(scale * unit), scale)
     else:  # the interpreter's fma rounds twice
-        y = scale * (1.0 - x)
+        y = scale * (1.0 - unit * x)
     return y
 
 

@@ -10,9 +10,13 @@ import triton
 import triton.language as tl
 
 from fusedbayes.kernels import streams
-from fusedbayes.kernels.math import LN_2, cos, log2, multiply_wide, scaled_difference, sin, sqrt
+from fusedbayes.kernels.math import cos, log2, multiply_wide, negative, scaled_difference, sin, sqrt
 
 ROUNDS = tl.constexpr(7)
+ROOT = tl.constexpr(1.1774100225154747)  # sqrt(2 ln 2)
+WIDER = tl.constexpr(1.0 + 2.0**-22)
+SLOPE = tl.constexpr(2.00135 / 1.3862943611198906)  # over 2 ln 2, for the logarithm to base 2
+UNIT = tl.constexpr(2.0**-32)
 LOCAL, FLIPOUT_INPUT, FLIPOUT_OUTPUT = map(tl.constexpr, (streams.LOCAL, streams.FLIPOUT_INPUT, streams.FLIPOUT_OUTPUT))
 
 
@@ -57,42 +61,62 @@ def load_key(seed_ptr, sample_ptr):
 
 
 @triton.jit
-def _box_muller(radius_word, angle_word):
+def _box_muller(radius_word, angle_word, IN_ROOTS: tl.constexpr):
     """Two standard normals of two words: u = x0 2^-32 + 2^-33, theta = pi int32(x1) 2^-31, z = r (cos, sin) theta.
 
-    r^2 = -2 ln u. Near u = 1 the hardware's logarithm may be wrong by more than r^2 itself, but there r^2 is nearly
-    2 (1 - u): take the larger of that line and of the logarithm less its largest error, 2 ln 2 2^-22. The line's slope
-    balances the errors of r on both sides of where they cross, u = 0.9984: 5.8e-6 (docs/kernels.md).
+    r^2 = -2 ln 2 lg u. Near u = 1 the hardware's logarithm may be wrong by more than itself, but there -lg u is nearly
+    proportional to 1 - u: take the larger of that line and of the logarithm of a u that is larger by a factor WIDER,
+    which lowers it by more than its largest error, 2^-22. The line's slope balances the errors of r on both sides of
+    where they cross, u = 0.9982: 6.8e-6 (docs/kernels.md). IN_ROOTS: z / ROOT, one multiplication less.
     """
-    u = radius_word.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
-    squared = tl.maximum(log2(u) * (-2.0 * LN_2) - 3.31e-7, scaled_difference(2.0012, u))
+    word = radius_word.to(tl.float32)
+    # The line can do without the 2^-33: where it counts, that is rounded away.
+    line = scaled_difference(SLOPE, UNIT, word)
+    squared = tl.maximum(negative(log2(word * (UNIT * WIDER) + 0.5 * UNIT)), line)
+    if not IN_ROOTS:
+        squared *= ROOT * ROOT
     theta = angle_word.to(tl.int32, bitcast=True).to(tl.float32) * 1.4629180792671596e-09  # pi 2^-31
     radius = sqrt(squared)
     return radius * cos(theta), radius * sin(theta)
 
 
 @triton.jit
-def normals(seed, quads, rows, sample, stream):
-    """eps of the four columns of each quad, four fp32 tensors of the shape that quads and rows broadcast to."""
+def normals(seed, quads, rows, sample, stream, IN_ROOTS: tl.constexpr = False):
+    """eps of the four columns of each quad, four fp32 tensors of the shape that quads and rows broadcast to.
+
+    IN_ROOTS: eps / ROOT, for who has another factor to multiply by ROOT once for many normals.
+    """
     x0, x1, x2, x3 = philox_words(seed, quads, rows, sample, stream)
-    z0, z1 = _box_muller(x0, x1)
-    z2, z3 = _box_muller(x2, x3)
+    z0, z1 = _box_muller(x0, x1, IN_ROOTS)
+    z2, z3 = _box_muller(x2, x3, IN_ROOTS)
     return z0, z1, z2, z3
 
 
 @triton.jit
-def normal_tile(seed, rows, quads, sample, stream):
+def interleaved(four):
+    """Four tensors as one, with the four elements of a place side by side in a last dimension.
+
+    By selects among constants that the compiler folds away. tl.join would do too, but Triton takes a join before a dot
+    for the unpacking of 4-bit weights and arranges the operand for that: on sm_80 five more moves per weight.
+    """
+    z0, z1, z2, z3 = four
+    lane = tl.arange(0, 4)
+    for _ in tl.static_range(len(z0.shape)):
+        lane = tl.expand_dims(lane, 0)
+    low = tl.where(lane == 0, tl.expand_dims(z0, -1), tl.expand_dims(z1, -1))
+    high = tl.where(lane == 2, tl.expand_dims(z2, -1), tl.expand_dims(z3, -1))
+    return tl.where(lane < 2, low, high)
+
+
+@triton.jit
+def normal_tile(seed, rows, quads, sample, stream, IN_ROOTS: tl.constexpr = False):
     """eps(seed, row, column, sample, stream) for rows (R,) and the columns 4q .. 4q+3 of quads (Q,): (R, 4 Q) fp32.
 
-    Rows and quads are global coordinates; both fit 32 bits, so no element of a tensor is out of reach.
+    Rows and quads are global coordinates; both fit 32 bits, so no element of a tensor is out of reach. IN_ROOTS: see
+    `normals`.
     """
-    z0, z1, z2, z3 = normals(seed, quads[None, :], rows[:, None], sample, stream)
-    # Selects among constants that the compiler folds away. tl.join would do too, but Triton takes a join before a dot
-    # for the unpacking of 4-bit weights and arranges the operand for that: on sm_80 five more moves per weight.
-    lane = tl.arange(0, 4)[None, None, :]
-    low = tl.where(lane == 0, z0[:, :, None], z1[:, :, None])
-    high = tl.where(lane == 2, z2[:, :, None], z3[:, :, None])
-    return tl.reshape(tl.where(lane < 2, low, high), (z0.shape[0], 4 * z0.shape[1]))
+    tile = interleaved(normals(seed, quads[None, :], rows[:, None], sample, stream, IN_ROOTS))
+    return tl.reshape(tile, (rows.shape[0], 4 * quads.shape[0]))
 
 
 @triton.jit

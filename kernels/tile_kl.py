@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from fusedbayes.kernels.fragments import side_by_side
 from fusedbayes.kernels.gaussian import kl_centres, kl_from_sums, kl_terms
 from fusedbayes.kernels.parameter import open_prior, prior_at
 from fusedbayes.kernels.quads import sum_quads, sum_squares_of_quads
@@ -43,14 +44,16 @@ def open_charge(weight, start, counted, ROWS: tl.constexpr):
 
 @triton.jit
 def add_kl(sums, charge, mu, sigma, offsets, exist, quads_exist):
-    """The logarithms and squares (ROWS, Q) of `kl_terms`, with those of one more tile (R, 4 Q) at `offsets`.
+    """The logarithms and squares (ROWS, Q) of `kl_terms`, with those of one more tile (R, 4 Q), or its blocks.
 
+    offsets: of its elements.
     exist, quads_exist: which of its columns and of its quads, or None if all.
     """
     logarithms, squares = sums
     prior_mu, prior_sigma = prior_at(charge.prior, offsets, exist)
     logarithm, scale, shift = kl_terms(mu, sigma, prior_mu, prior_sigma)
     # A multiply-add for a row, whether it counts or not: cheaper than a select.
+    logarithm, scale, shift = side_by_side(logarithm), side_by_side(scale), side_by_side(shift)
     logarithm = _sum_rows(sum_quads(logarithm) * charge.counts, logarithms.shape[0]) - charge.centre
     square = sum_squares_of_quads(scale, shift, -4.0 * charge.centres[1])
     square = _sum_rows(square * charge.counts, squares.shape[0])

@@ -54,6 +54,19 @@ def test_16_bit_products(kernel_device: str, estimator: Estimator, num_samples: 
 
 
 @pytest.mark.parametrize(
+    ("shape", "options"),
+    [((5, 33, 64), {}), ((3, 21, 44), {"prior": "per-weight"}), ((3, 64, 36), {"prior": "none"})],
+    ids=["blocks", "masked", "no-prior"],
+)
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_weights_drawn_in_fragments(
+    kernel_device: str, shape: tuple[int, int, int], options: dict[str, object], dtype: torch.dtype
+) -> None:
+    problem = make_problem(shape, num_samples=3, dtype=dtype, **options)
+    check_bayes_linear(problem, MatmulConfig(16, 32, 32, samples=2), kernel_device)
+
+
+@pytest.mark.parametrize(
     "options",
     [
         {"prior": "none", "bias": False},

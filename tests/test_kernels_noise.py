@@ -1,5 +1,7 @@
 """The noise's device functions: the words of `fusedbayes.noise`, and normals that no tiling changes."""
 
+from itertools import product
+
 import pytest
 import torch
 import triton
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from fusedbayes import kernels, noise
 from fusedbayes.kernels import TileConfig, normal_tile, philox_words
+from fusedbayes.kernels import noise as kernel_noise
 from fusedbayes.noise import Address
 
 
@@ -103,6 +106,19 @@ def test_normals_at_the_ends_of_the_words(kernel_device: str) -> None:
     for (quad, row, sample, stream), expected in zip(EXTREME_WORDS, EXTREME_NORMALS, strict=True):
         eps = kernel_normal(kernel_device, 0, 1, 4, sample=sample, stream=stream, row_offset=row, quad_offset=quad)
         torch.testing.assert_close(eps.cpu(), torch.tensor([expected]), rtol=0, atol=1e-5)
+
+
+def test_a_radius_is_right_whatever_the_approximations_do() -> None:
+    """The kernel's Box-Muller with logarithm and root at the ends of PTX's bounds, for all u in [0.75, 1]."""
+    distance = torch.arange(2**22, dtype=torch.float64) * 2.0**-24
+    exact = (-2.0 * torch.log1p(-distance)).sqrt()
+    larger = ((1.0 - distance) * kernel_noise.WIDER.value).float().double()
+    line = (kernel_noise.SLOPE.value * distance).float().double()
+    for of_logarithm, of_root in product((-1.0, 1.0), repeat=2):
+        logarithm = (larger.log2() + of_logarithm * 2.0**-22).float().double()
+        squared = (torch.maximum(-logarithm, line) * kernel_noise.ROOT.value**2).float().double()
+        radius = squared.sqrt() * (1.0 + of_root * 2.0**-23)
+        assert (radius - exact).abs().max() < 6.8e-6  # docs/kernels.md; the contract's bound is 1e-5
 
 
 def test_normals_do_not_depend_on_the_tile(kernel_device: str) -> None:
