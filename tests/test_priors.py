@@ -489,6 +489,26 @@ def test_set_prior_of_any_kind_and_back() -> None:
     assert torch.equal(layer.bias_prior_sigma, torch.ones(3))
 
 
+def test_set_prior_takes_what_is_no_tensor_too() -> None:
+    class Power(Prior):
+        def __init__(self, exponent: float) -> None:
+            super().__init__()
+            self.exponent = exponent
+            self.log_scale = nn.Parameter(torch.zeros(()))
+
+        def log_prob(self, w: Tensor) -> Tensor:
+            return -((w.abs() / self.log_scale.exp()) ** self.exponent) - self.log_scale
+
+    layer = BayesLinear(3, 2, prior=Power(3.0))
+    parameters = list(layer.parameters())
+    layer.set_prior(Power(1.5))
+    assert [layer.prior_of(name).exponent for name in ("weight", "bias")] == [1.5, 3.0]
+    layer.reset_parameters()
+    assert layer.prior_of("weight").exponent == 3.0
+    # In place: an optimizer has them.
+    assert all(now is then for now, then in zip(layer.parameters(), parameters, strict=True))
+
+
 def test_a_prior_is_not_tied_to_the_mean() -> None:
     layer = BayesLinear(5, 3)
     for prior in (Laplace(layer.weight_mu, 0.1), Normal(layer.weight_mu, 0.1)):

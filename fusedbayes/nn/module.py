@@ -6,20 +6,17 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fusedbayes import functional, reference
+from fusedbayes import functional
 from fusedbayes.arguments import check_estimator
 from fusedbayes.checks import check_number, describe
 from fusedbayes.nn.context import Draw, Fold, FrozenNoise, FusedKL, MeanWeights
-from fusedbayes.nn.prior import RandomTensors, check_fits
+from fusedbayes.nn.prior import RandomTensors, configuration
 from fusedbayes.nn.random_tensor import RandomTensor
 from fusedbayes.noise import Address, draw_seed
 from fusedbayes.priors import Prior
 from fusedbayes.reference import ESTIMATORS, Estimator
 
 Layer = TypeVar("Layer", bound="BayesModule")
-
-# What every module has, whatever its class.
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 class BayesModule(RandomTensors):
@@ -225,7 +222,7 @@ class BayesModule(RandomTensors):
         for name in self.names():
             self._buffers.pop(f"{name}_pruned", None)
             self._reset_prior(name)
-            self.set_sigma(self.sigma_init, name)
+            self._hold_sigma(name, self.sigma_init, "sigma_init")
         for name in self.parts:
             part: Any = self.get_submodule(name)
             part._reset_sigmas_and_priors()
@@ -284,8 +281,7 @@ class BayesModule(RandomTensors):
         """The same with a seed, which all tensors and samples of one forward share."""
         if draw.seed is not None:
             return draw
-        device = self.posterior(self.names()[0])[0].device
-        return draw._replace(seed=draw_seed(device))
+        return draw._replace(seed=draw_seed(self._tensor(f"{self.names()[0]}_mu").device))
 
     def _charges(self) -> bool:
         """Whether this forward is to give the KL: where a prior is not Normal, or weights are pruned, `kl_of` does."""
@@ -335,22 +331,6 @@ class BayesModule(RandomTensors):
             raise AttributeError(f"{name!r} of {type(self).__name__} is random: assign {name}_mu and {name}_rho")
         super().__setattr__(name, value)
 
-    @torch.no_grad()
-    def set_sigma(self, sigma: float | Tensor, name: str = "weight") -> None:
-        """Sets the posterior's standard deviation of one random tensor.
-
-        Args:
-            sigma: a number > 0, or a tensor of the parameter's shape.
-            name: of the random tensor (default "weight").
-        """
-        rho = self._tensor(f"{name}_rho")
-        check_fits(sigma, "sigma_init", rho.dtype, 0.0)
-        if rho.is_meta:
-            return  # arithmetic without data has torch import its compiler, and Triton with it
-        if not isinstance(sigma, Tensor):
-            sigma = torch.full((), sigma, device=rho.device)
-        rho.copy_(reference.rho_from_sigma(sigma.to(reference.compute_dtype(rho))))
-
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **self._TRANSIENT}
 
@@ -360,11 +340,6 @@ class BayesModule(RandomTensors):
 
     def _arguments_repr(self) -> str:
         return self.replaces.extra_repr(self)
-
-
-def configuration(module: nn.Module) -> dict[str, Any]:
-    """The attributes of `module` that its class, or whoever else, added to those of every module."""
-    return {key: value for key, value in vars(module).items() if key not in _OF_EVERY_MODULE}
 
 
 def product_dtype(mu: Tensor) -> torch.dtype:
