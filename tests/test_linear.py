@@ -219,6 +219,37 @@ def test_unknown_estimator_leaves_the_layer_as_it_was(value: Any) -> None:
     assert layer(torch.ones(2, 5)).shape == (2, 3)
 
 
+@pytest.mark.parametrize("sigma", [0.3, torch.tensor(0.3), torch.rand(3, 5) + 1e-4], ids=["number", "0-d", "each"])
+def test_set_sigma(sigma: Any) -> None:
+    layer = BayesLinear(5, 3)
+    bias = layer.bias_rho.detach().clone()
+    layer.set_sigma(sigma)
+    # rho is rounded, and |rho| is below 10: so is log(sigma), by 10 eps.
+    expected = torch.as_tensor(sigma).expand(3, 5)
+    torch.testing.assert_close(torch.nn.functional.softplus(layer.weight_rho), expected, rtol=20 * 2.0**-24, atol=0)
+    assert torch.equal(layer.bias_rho, bias)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((0.0,), ValueError, r"sigma must be finite and positive, got 0\.0"),
+        ((torch.zeros(3, 5),), ValueError, "sigma must be finite and positive in torch.float32, got tensor"),
+        ((torch.ones(5),), ValueError, r"sigma must have shape \(\) or \(3, 5\), got \(5,\)"),
+        ((torch.ones(3, 5, dtype=torch.long),), TypeError, "sigma must be a number or a floating-point tensor"),
+        (("small",), TypeError, "sigma must be a number, got 'small'"),
+        ((1e39,), ValueError, r"sigma must lie in .* torch.float32, got 1e\+39"),
+        ((1.0, "gate"), ValueError, "name must be one of 'weight', 'bias', got 'gate'"),
+    ],
+)
+def test_set_sigma_errors(arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:
+    layer = BayesLinear(5, 3)
+    before = snapshot(layer)
+    with pytest.raises(error, match=message):
+        layer.set_sigma(*arguments)
+    assert_same_state(layer, before)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
