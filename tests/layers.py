@@ -1,4 +1,4 @@
-"""Every kind of Bayesian layer in a small instance, for the laws that all of them keep; a layer's state before and after."""
+"""Every kind of Bayesian layer in a small instance, for the laws that all of them keep, and a layer's state."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
