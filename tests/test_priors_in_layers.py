@@ -39,7 +39,7 @@ def data(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
 @pytest.fixture
 def same_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every call draws the same seed."""
-    for module in ("arguments", "nn.module"):
+    for module in ("arguments", "nn.drawing"):
         monkeypatch.setattr(f"fusedbayes.{module}.draw_seed", lambda device=None: torch.tensor(11, device=device))
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedbayes import functional, reference
-from fusedbayes.checks import check_number, describe
+from fusedbayes.checks import check_fits, check_moment, check_number, describe
 from fusedbayes.nn.pruned import PriorOfTheRest, PrunedTensors, masked, normal_of
 from fusedbayes.priors import Normal, Prior
 from fusedbayes.reference import GaussianParameter
@@ -153,8 +153,8 @@ class RandomTensors(PrunedTensors):
                 self._hold_prior(name, given)
                 return
             mu, sigma = given.mu, given.sigma
-        _check_moment(mu, "prior_mu", like, like.dtype)
-        _check_moment(sigma, "prior_sigma", like, like.dtype, positive=True)
+        check_moment(mu, "prior_mu", like, like.dtype)
+        check_moment(sigma, "prior_sigma", like, like.dtype, positive=True)
         assert sigma is not None
         self._hold_normal(name, mu, sigma)
 
@@ -172,7 +172,7 @@ class RandomTensors(PrunedTensors):
         """
         self._check_name(name)
         rho = self._tensor(f"{name}_rho")
-        _check_moment(sigma, "sigma", rho, reference.compute_dtype(rho), positive=True)
+        check_moment(sigma, "sigma", rho, reference.compute_dtype(rho), positive=True)
         self._hold_sigma(name, sigma, "sigma")
 
     def _check_name(self, name: str) -> None:
@@ -287,27 +287,6 @@ def check_exclusive(prior: Prior | None, prior_mu: float, prior_sigma: float | N
             f"give either prior or prior_mu and prior_sigma, got prior={type(prior).__name__}, prior_mu={prior_mu} and "
             f"prior_sigma={prior_sigma}"
         )
-
-
-def _check_moment(value: Any, name: str, like: Tensor, dtype: torch.dtype, *, positive: bool = False) -> None:
-    """Raises TypeError or ValueError unless this is a mean, or a deviation, of a tensor like that, in `dtype` too."""
-    if not isinstance(value, Tensor):
-        check_number(value, name, positive=positive)
-        return
-    if not value.is_floating_point():
-        raise TypeError(f"{name} must be a number or a floating-point tensor, got {describe(value)}")
-    if value.shape not in ((), like.shape):
-        raise ValueError(f"{name} must have shape () or {tuple(like.shape)}, got {tuple(value.shape)}")
-    rounded = value.to(dtype)
-    if not torch.isfinite(rounded).all() or (positive and not (rounded > 0).all()):
-        raise ValueError(f"{name} must be finite{' and positive' if positive else ''} in {dtype}, got {value}")
-
-
-def check_fits(value: float | Tensor, name: str, dtype: torch.dtype, least: float) -> None:
-    """Raises ValueError unless the number `value` lies between `least` and the largest number of `dtype`."""
-    most = torch.finfo(dtype).max
-    if not isinstance(value, Tensor) and not least <= value <= most:
-        raise ValueError(f"{name} must lie in [{least:.4g}, {most:.4g}] for {dtype}, got {value}")
 
 
 def configuration(module: nn.Module) -> dict[str, Any]:
