@@ -180,7 +180,7 @@ def _select(
             raise ValueError(f"convert the model before distributing it: {wrapper} holds the parameters as they were")
     picks = _predicate(where)
     # Under each of its names: `where` may pick a shared module by any.
-    named = model.named_modules(remove_duplicate=False)
+    named = _named_modules(model, remove_duplicate=False)
     candidates = {name: module for name, module in named if _class_of(module) in kinds}
     chosen: dict[nn.Module, None] = {}  # in order, each once
     refusals: dict[nn.Module, str] = {}
@@ -218,10 +218,17 @@ def _report(
 
     return Report(
         ConversionRow(qualified_name(name), type(module).__name__, outcome(module))
-        for name, module in model.named_modules()
+        for name, module in _named_modules(model)
         if module in refusals or any(p is not None for p in module._parameters.values())
-        if not isinstance(module, BayesModule | Prior)
+        if not isinstance(module, BayesModule)
     )
+
+
+def _named_modules(model: nn.Module, remove_duplicate: bool = True) -> list[tuple[str, nn.Module]]:
+    """The modules of `model` but for its priors and what they are made of, which is no part of the network."""
+    priors = {module for prior in model.modules() if isinstance(prior, Prior) for module in prior.modules()}
+    named = model.named_modules(remove_duplicate=remove_duplicate)
+    return [(name, module) for name, module in named if module not in priors]
 
 
 def _distributed_wrappers() -> tuple[type, ...]:

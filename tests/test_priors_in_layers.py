@@ -153,6 +153,23 @@ def test_conversion_there_and_back(name: str) -> None:
     assert "prior_sigma=0.5" in repr(net[0])
 
 
+def test_what_a_prior_is_made_of_is_not_converted() -> None:
+    class Energy(Prior):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Linear(1, 1)
+
+        def log_prob(self, w: Tensor) -> Tensor:
+            return -self.net(w[..., None])[..., 0].square()
+
+    net = nn.Sequential(to_bayesian(nn.Linear(3, 2), prior=Energy()), nn.Linear(2, 2))
+    _, report = to_bayesian(net, return_report=True)
+    assert [(row.name, row.outcome) for row in report] == [("1", "BayesLinear")]
+    assert type(net[0].weight_prior.net) is nn.Linear
+    to_deterministic(net)
+    assert [type(layer) for layer in net] == [nn.Linear, nn.Linear]
+
+
 @pytest.mark.parametrize("name", ["laplace", "learned", "mixture", "student-t"])
 def test_compiled(name: str) -> None:
     net, (x, y) = model(name), data()

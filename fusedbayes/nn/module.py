@@ -109,7 +109,16 @@ class BayesModule(DrawnTensors):
         sigma_init: float | None = None,
         estimator: Estimator = "shared",
     ) -> Layer:
-        """The Bayesian counterpart of a module of the class `replaces`, whose parameters *are* its means."""
+        """The Bayesian counterpart of a module of the class `replaces`, whose parameters *are* its means.
+
+        Options and errors are those of the constructor.
+
+        Raises:
+            TypeError: `deterministic` is of another class.
+        """
+        if type(deterministic) is not cls.replaces:
+            kind = type(deterministic).__name__
+            raise TypeError(f"deterministic must be of the class that {cls.__name__} replaces, got a {kind}")
         layer = cls.__new__(cls)
         layer._become(deterministic, prior_mu, prior_sigma, sigma_init, estimator, prior)
         layer._reset_sigmas_and_priors()
