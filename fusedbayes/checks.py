@@ -51,3 +51,24 @@ def check_non_negative(value: float, name: str) -> float:
     if number < 0.0:
         raise ValueError(f"{name} must not be negative, got {value}")
     return number
+
+
+def check_moment(value: Any, name: str, like: Tensor, dtype: torch.dtype, *, positive: bool = False) -> None:
+    """Raises TypeError or ValueError unless this is a mean, or a deviation, of a tensor like that, in `dtype` too."""
+    if not isinstance(value, Tensor):
+        check_number(value, name, positive=positive)
+        return
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be a number or a floating-point tensor, got {describe(value)}")
+    if value.shape not in ((), like.shape):
+        raise ValueError(f"{name} must have shape () or {tuple(like.shape)}, got {tuple(value.shape)}")
+    rounded = value.to(dtype)
+    if not torch.isfinite(rounded).all() or (positive and not (rounded > 0).all()):
+        raise ValueError(f"{name} must be finite{' and positive' if positive else ''} in {dtype}, got {value}")
+
+
+def check_fits(value: float | Tensor, name: str, dtype: torch.dtype, least: float) -> None:
+    """Raises ValueError unless the number `value` lies between `least` and the largest number of `dtype`."""
+    most = torch.finfo(dtype).max
+    if not isinstance(value, Tensor) and not least <= value <= most:
+        raise ValueError(f"{name} must lie in [{least:.4g}, {most:.4g}] for {dtype}, got {value}")

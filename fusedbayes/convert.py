@@ -3,7 +3,7 @@
 import fnmatch
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
 
 import torch
 from torch import nn
@@ -19,6 +19,9 @@ from fusedbayes.nn.module import BayesModule
 from fusedbayes.nn.traverse import qualified_name, variational_parameters
 from fusedbayes.priors import Prior
 from fusedbayes.reference import Estimator
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Where = Callable[[str, nn.Module], bool] | str | type[nn.Module] | Iterable[str | type[nn.Module]]
 
@@ -37,6 +40,31 @@ class ConversionRow(NamedTuple):
     outcome: str
 
 
+class _Options(TypedDict, total=False):
+    """The arguments of `to_bayesian` that its result's type does not depend on."""
+
+    where: Where | None
+    prior_mu: float
+    prior_sigma: float | None
+    prior: Prior | None
+    sigma_init: float | None
+    init: Literal["mean", "moped"]
+    delta: float | None
+    estimator: Estimator
+
+
+@overload
+def to_bayesian(
+    model: nn.Module, *, return_report: Literal[False] = False, **options: "Unpack[_Options]"
+) -> nn.Module: ...
+
+
+@overload
+def to_bayesian(
+    model: nn.Module, *, return_report: Literal[True], **options: "Unpack[_Options]"
+) -> tuple[nn.Module, Report[ConversionRow]]: ...
+
+
 def to_bayesian(
     model: nn.Module,
     *,
@@ -49,7 +77,7 @@ def to_bayesian(
     delta: float | None = None,
     estimator: Estimator = "shared",
     return_report: bool = False,
-) -> Any:
+) -> nn.Module | tuple[nn.Module, Report[ConversionRow]]:
     """Makes every layer of `model` that has a Bayesian counterpart Bayesian, in place.
 
     The module objects stay and change their class, so that names, training mode, hooks, extra attributes and whoever
@@ -152,7 +180,7 @@ def _select(
             raise ValueError(f"convert the model before distributing it: {wrapper} holds the parameters as they were")
     picks = _predicate(where)
     # Under each of its names: `where` may pick a shared module by any.
-    named = model.named_modules(remove_duplicate=False)
+    named = _named_modules(model, remove_duplicate=False)
     candidates = {name: module for name, module in named if _class_of(module) in kinds}
     chosen: dict[nn.Module, None] = {}  # in order, each once
     refusals: dict[nn.Module, str] = {}
@@ -190,10 +218,17 @@ def _report(
 
     return Report(
         ConversionRow(qualified_name(name), type(module).__name__, outcome(module))
-        for name, module in model.named_modules()
+        for name, module in _named_modules(model)
         if module in refusals or any(p is not None for p in module._parameters.values())
-        if not isinstance(module, BayesModule | Prior)
+        if not isinstance(module, BayesModule)
     )
+
+
+def _named_modules(model: nn.Module, remove_duplicate: bool = True) -> list[tuple[str, nn.Module]]:
+    """The modules of `model` but for its priors and what they are made of, which is no part of the network."""
+    priors = {module for prior in model.modules() if isinstance(prior, Prior) for module in prior.modules()}
+    named = model.named_modules(remove_duplicate=remove_duplicate)
+    return [(name, module) for name, module in named if module not in priors]
 
 
 def _distributed_wrappers() -> tuple[type, ...]:

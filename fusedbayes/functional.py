@@ -147,8 +147,7 @@ def weight_kl_estimate(
             raise ValueError(
                 f"log_prob must return a tensor of the shape of w, {tuple(mu.shape)}, got {describe(log_p)}"
             )
-        log_q = -0.5 * eps.square() - sigma.log() - 0.5 * math.log(2.0 * math.pi)
-        return (log_q - log_p).sum(dtype=dtype)
+        return (reference.normal_log_prob(eps, sigma.log()) - log_p).sum(dtype=dtype)
 
     return recomputed(estimate, mu, rho, *(tensor for tensor in key if tensor is not None))
 

@@ -124,7 +124,7 @@ class Normal(Prior):
         return reference.gaussian_kl(mu, sigma, self.mu, self.sigma)
 
     def log_prob(self, w: Tensor) -> Tensor:
-        return -0.5 * ((w - self.mu) / self.sigma).square() - self.sigma.log() - 0.5 * math.log(2.0 * math.pi)
+        return reference.normal_log_prob((w - self.mu) / self.sigma, self.sigma.log())
 
     def weight_kl(self, mu: Tensor, rho: Tensor, **noise: Any) -> Tensor:
         if type(self) is not Normal:  # but one that overrides kl or log_prob
@@ -170,7 +170,7 @@ class LearnedNormal(Prior):
         return reference.gaussian_kl(mu, sigma, self.mu, self.sigma)
 
     def log_prob(self, w: Tensor) -> Tensor:
-        return -0.5 * ((w - self.mu) / self.sigma).square() - self.log_sigma - 0.5 * math.log(2.0 * math.pi)
+        return reference.normal_log_prob((w - self.mu) / self.sigma, self.log_sigma)
 
     def weight_kl(self, mu: Tensor, rho: Tensor, **noise: Any) -> Tensor:
         if type(self) is not LearnedNormal:  # but one that overrides kl or log_prob

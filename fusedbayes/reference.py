@@ -73,15 +73,19 @@ def weight_kl(parameter: GaussianParameter) -> Tensor:
     return gaussian_kl(parameter.mu, sigma, parameter.prior_mu, parameter.prior_sigma).sum()
 
 
+def normal_log_prob(z: Tensor, log_sigma: Tensor) -> Tensor:
+    """log N(w; mu, sigma^2) per element, for z = (w - mu) / sigma."""
+    return -0.5 * z.square() - log_sigma - 0.5 * math.log(2.0 * math.pi)
+
+
 def scale_mixture_log_prob(w: Tensor, pi: Tensor, sigma_1: Tensor, sigma_2: Tensor) -> Tensor:
     """log(pi N(w; 0, sigma_1^2) + (1 - pi) N(w; 0, sigma_2^2)) per element, where both densities may underflow."""
     shares = (pi.log(), torch.log1p(-pi))
     densities = [
-        share - sigma.log() - 0.5 * (w / sigma).square()
-        for share, sigma in zip(shares, (sigma_1, sigma_2), strict=True)
+        share + normal_log_prob(w / sigma, sigma.log()) for share, sigma in zip(shares, (sigma_1, sigma_2), strict=True)
     ]
     # Not torch.logaddexp, whose second derivative is NaN where the two are far apart.
-    return torch.logsumexp(torch.stack(densities), 0) - 0.5 * math.log(2.0 * math.pi)
+    return torch.logsumexp(torch.stack(densities), 0)
 
 
 def scale_mixture_kl(
@@ -97,9 +101,9 @@ def scale_mixture_kl(
     """The sum of log q(w) - log p(w) for w = mu + sigma eps and the prior of `scale_mixture_log_prob`."""
     dtype = compute_dtype(mu)
     sigma, eps = sigma_from_rho(rho.to(dtype)), weight_noise(mu, seed, sample, address)
-    log_q = -0.5 * eps.square() - sigma.log() - 0.5 * math.log(2.0 * math.pi)
-    w = mu.to(dtype) + sigma * eps
-    return (log_q - scale_mixture_log_prob(w, *(t.to(dtype) for t in (pi, sigma_1, sigma_2)))).sum()
+    mixture = (tensor.to(dtype) for tensor in (pi, sigma_1, sigma_2))
+    log_p = scale_mixture_log_prob(mu.to(dtype) + sigma * eps, *mixture)
+    return (normal_log_prob(eps, sigma.log()) - log_p).sum()
 
 
 def weight_noise(mu: Tensor, seed: Tensor, sample: int | Tensor, address: Address) -> Tensor:

@@ -1,4 +1,4 @@
-"""Every kind of Bayesian layer in a small instance, for the laws that all of them keep."""
+"""Every kind of Bayesian layer in a small instance, for the laws that all of them keep, and a layer's state."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -46,6 +46,14 @@ class Kind(NamedTuple):
         """An input, of this dtype if it is not of indices."""
         x = self.input()
         return x.to(dtype) if x.is_floating_point() else x
+
+
+def snapshot(layer: nn.Module) -> dict[str, Tensor]:
+    return {key: value.clone() for key, value in layer.state_dict().items()}
+
+
+def assert_same_state(layer: nn.Module, state: dict[str, Tensor]) -> None:
+    torch.testing.assert_close(dict(layer.state_dict()), state, rtol=0, atol=0)
 
 
 class Model(nn.Module):

@@ -80,6 +80,19 @@ def test_every_tensor_is_drawn_and_trained(arguments: str) -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in layer.parameters())
 
 
+def test_a_context_may_hold_the_output_projection_alone() -> None:
+    layer, x = make(batch_first=True), inputs(batch_first=True)[0]
+    with fb.mean_mode(layer):
+        means, expected = layer(x, x, x)
+    with fb.mean_mode(layer.out_proj):
+        output, weights = layer(x, x, x)
+    assert not torch.equal(weights, expected)
+    with fb.mean_mode(layer), fb.frozen_sample(layer.out_proj, 3):
+        output, weights = layer(x, x, x)
+    assert torch.equal(weights, expected)
+    assert not torch.equal(output, means)
+
+
 def test_torchs_inference_path_takes_the_draw() -> None:
     """In evaluation without gradients torch computes past the functions of training: of the same weights."""
     layer, x = make(batch_first=True).eval(), inputs(batch_first=True)[0]

@@ -128,3 +128,8 @@ def test_a_distributed_wrapper_is_refused() -> None:
     for convert in (to_bayesian, to_deterministic):
         with pytest.raises(ValueError, match="before distributing it: DistributedDataParallel"):
             convert(wrapper)
+
+
+def test_a_counterpart_of_another_class() -> None:
+    with pytest.raises(TypeError, match="deterministic must be of the class that BayesLinear replaces, got a Conv1d"):
+        BayesLinear.of(nn.Conv1d(3, 2, 1))

@@ -6,11 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributions import Normal
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fusedbayes as fb
-from fusedbayes import functional
+from fusedbayes import functional, noise
+from fusedbayes.priors import Laplace, Prior
 from fusedbayes.reference import ESTIMATORS, Estimator
 
 ROWS, COLUMNS = 7, 5
@@ -124,6 +126,59 @@ def test_padding_is_neither_drawn_nor_charged(padding_idx: int, prior: str) -> N
         # Exactly: an optimizer such as Adam makes a step of the smallest gradient.
         assert parameter.grad[row].eq(0.0).all()
         assert parameter.grad[others].ne(0.0).any(1).all()
+
+
+@pytest.mark.parametrize("pruned", [False, True], ids=["whole", "pruned"])
+@pytest.mark.parametrize("per_weight", [False, True], ids=["scalar", "per weight"])
+def test_padding_under_another_prior(per_weight: bool, pruned: bool) -> None:
+    """One whose hyperparameters differ by weight has those of the rows that are left."""
+    layer, others = table(padding_idx=3), [0, 1, 2, 4, 5, 6]
+    scale = torch.rand(ROWS, COLUMNS) + 0.5 if per_weight else torch.tensor(0.7)
+    layer.set_prior(Laplace(0.1, scale))
+    mu, rho = layer.posterior("weight")
+    kl = Laplace(0.1, scale).kl(mu, F.softplus(rho))
+    if pruned:
+        mask = torch.rand(ROWS, COLUMNS) < 0.5
+        layer.set_pruned(mask)
+        kl = kl.masked_fill(mask, 0.0)
+    # Thirty terms of order 1, added up in another order.
+    torch.testing.assert_close(fb.kl_loss(layer), kl[others].sum(), rtol=1e-6, atol=0)
+    fb.kl_loss(layer).backward()
+    for parameter in layer.parameters():
+        assert parameter.grad[3].eq(0.0).all()
+        assert parameter.grad[others].isfinite().all()
+
+
+def test_padding_is_left_out_of_an_estimated_kl() -> None:
+    class Tails(Prior):
+        """One whose density knows each row's place in the table."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("scale", torch.arange(1.0, ROWS + 1.0)[:, None])
+
+        def log_prob(self, w: Tensor) -> Tensor:
+            return -torch.log1p((w / self.scale).square())
+
+    layer, whole = table(padding_idx=3), table()
+    whole.load_state_dict(layer.state_dict())
+    kls = []
+    for each in (layer, whole):
+        each.set_prior(Tails())
+        torch.manual_seed(5)
+        kls.append(each.kl_of("weight"))
+    others = [0, 1, 2, 4, 5, 6]
+    for parameter, grad in zip(layer.parameters(), torch.autograd.grad(kls[0], list(layer.parameters())), strict=True):
+        assert parameter.shape == grad.shape
+        assert grad[3].eq(0.0).all()
+        assert grad[others].ne(0.0).all()
+    # Of the same noise: what differs is the padding row.
+    torch.manual_seed(5)
+    eps = noise.normal(noise.draw_seed(torch.device("cpu")), ROWS, COLUMNS)[3]
+    mu, sigma = layer.weight_mu[3], F.softplus(layer.weight_rho[3])
+    row = torch.log1p(((mu + sigma * eps) / 4.0).square()) + Normal(0.0, sigma).log_prob(sigma * eps)
+    # Two sums of some thirty terms of order 1, of noise that may differ by 1e-5.
+    torch.testing.assert_close(kls[1] - kls[0], row.sum(), rtol=0, atol=1e-4)
 
 
 def test_padding_that_is_the_whole_table() -> None:

@@ -42,11 +42,11 @@ class Case(NamedTuple):
 
 LINEAR: Any = ("Linear", fb.BayesLinear, (3, 4), (4, 4))
 CONVOLUTIONS: Any = [
-    (f"Conv{d}d", getattr(fb.nn, f"BayesConv{d}d"), (2, 4, *(5,) * d), (4, 4, 3 if d == 1 else (3,) * d),
+    (f"Conv{d}d", getattr(fb, f"BayesConv{d}d"), (2, 4, *(5,) * d), (4, 4, 3 if d == 1 else (3,) * d),
      (("padding", 1), ("groups", 2))) for d in (1, 2, 3)
 ]  # fmt: skip
 TRANSPOSED: Any = [
-    (f"ConvTranspose{d}d", getattr(fb.nn, f"BayesConvTranspose{d}d"), (2, 4, *(5,) * d),
+    (f"ConvTranspose{d}d", getattr(fb, f"BayesConvTranspose{d}d"), (2, 4, *(5,) * d),
      (4, 4, 3 if d == 1 else (3,) * d), (("stride", 2),)) for d in (1, 2, 3)
 ]  # fmt: skip
 CASES = [
@@ -262,11 +262,10 @@ def test_checkpoints_of_bayesian_torch_that_hold_the_prior() -> None:
     assert ours[1].prior("weight")[0].dim() == 0
 
 
-@pytest.mark.skipif(not hasattr(fb.nn, "BayesLSTM"), reason="there is no BayesLSTM")
 @pytest.mark.parametrize("kind", ["LSTMReparameterization", "LSTMFlipout"])
 def test_lstm_of_bayesian_torch(kind: str) -> None:
     theirs = foreign.layer("bayesian-torch", kind, 3, 4, prior=(0.1, 0.5))
-    ours = fb.nn.BayesLSTM(3, 4, batch_first=True)
+    ours = fb.BayesLSTM(3, 4, batch_first=True)
     report = fb.load_foreign(ours, theirs, "bayesian-torch")
     assert report[1].source == "hh.mu_weight, hh.rho_weight"
     kl = true_kl([nn.Sequential(theirs.ih, theirs.hh)], "bayesian-torch", priors=[(0.1, 0.5)])
@@ -277,18 +276,16 @@ def test_lstm_of_bayesian_torch(kind: str) -> None:
         torch.testing.assert_close(ours(x)[0], foreign.without_noise(theirs)(x)[0], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.skipif(not hasattr(fb.nn, "BayesLSTM"), reason="there is no BayesLSTM")
 @pytest.mark.parametrize("kind", ["LSTM", "GRU"])
 def test_recurrent_layers_of_blitz_are_refused(kind: str) -> None:
     theirs = getattr(foreign.module("blitz.modules"), f"Bayesian{kind}")(3, 4)
     with pytest.raises(ValueError, match=f"no counterpart: '0', a Bayes{kind}: BLiTZ adds one bias"):
-        fb.load_foreign(nn.Sequential(getattr(fb.nn, f"Bayes{kind}")(3, 4)), nn.Sequential(theirs), "blitz")
+        fb.load_foreign(nn.Sequential(getattr(fb, f"Bayes{kind}")(3, 4)), nn.Sequential(theirs), "blitz")
 
 
-@pytest.mark.skipif(not hasattr(fb.nn, "BayesEmbedding"), reason="there is no BayesEmbedding")
 def test_embedding_of_blitz() -> None:
     theirs = foreign.layer("blitz", "BayesianEmbedding", 7, 4, prior=(0.0, 0.5))
-    ours = fb.nn.BayesEmbedding(7, 4)
+    ours = fb.BayesEmbedding(7, 4)
     fb.load_foreign(ours, theirs, "blitz")
     kl = true_kl([theirs], "blitz", priors=[(0.0, 0.5)])
     torch.testing.assert_close(fb.kl_loss(ours).double(), kl, rtol=1e-6, atol=0)

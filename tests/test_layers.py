@@ -3,9 +3,7 @@
 import copy
 import io
 import math
-import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +14,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 import fusedbayes as fb
-from fusedbayes.nn import LAYERS, BayesModule
+from fusedbayes.nn import LAYERS
 from fusedbayes.reference import Estimator
 
 EACH_KIND = pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -53,24 +51,6 @@ def test_every_layer_is_here() -> None:
     # It is there with Hugging Face's library alone: tests/test_models.py.
     assert {kind.layer for kind in KINDS} | {fb.BayesTransposedLinear} == set(LAYERS)
     assert {kind.layer.__name__ for kind in KINDS} <= set(fb.__all__)
-
-
-def test_the_readme_says_which_layers_have_which_estimators() -> None:
-    text = (Path(__file__).parents[1] / "README.md").read_text()
-    table = text[text.index("| layer | fusedbayes |") :].split("\n\n")[0].splitlines()[2:]
-    ours = {row.split("|")[1].strip(): row.split("|")[2].split() for row in table}
-    said = {
-        layer: letters
-        for names, letters in ours.items()
-        for layer in LAYERS
-        if layer.replaces is not None and re.search(rf"\b{_in_the_readme(layer)}\b", names)
-    }
-    assert said == {layer: [e[0] for e in layer.estimators] for layer in LAYERS if layer in {k.layer for k in KINDS}}
-
-
-def _in_the_readme(layer: type[BayesModule]) -> str:
-    """Convolutions of two and three dimensions stand beside those of one as "2d" and "3d"."""
-    return re.sub(r"(ConvTranspose)[23]d", r"\g<1>1d", layer.__name__.removeprefix("Bayes"))
 
 
 @EACH_KIND
@@ -326,10 +306,6 @@ def test_cuda_equals_cpu(kind: Kind, estimator: Estimator) -> None:
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-3)
 
 
-def options(kind: Kind, **others: Any) -> dict[str, Any]:
-    return kind.arguments | others
-
-
 @EACH_KIND
 @pytest.mark.parametrize(
     ("option", "message"),
@@ -343,5 +319,5 @@ def options(kind: Kind, **others: Any) -> dict[str, Any]:
 def test_constructor_errors(kind: Kind, option: dict[str, Any], message: str) -> None:
     generator = torch.get_rng_state()
     with pytest.raises(ValueError, match=message):
-        kind.layer(**options(kind, **option))
+        kind.layer(**kind.arguments | option)
     assert torch.equal(torch.get_rng_state(), generator)

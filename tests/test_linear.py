@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from layers import assert_same_state, snapshot
+from torch import nn
 from torch.distributions import Normal, kl_divergence
 
 from fusedbayes import BayesLinear, frozen_sample, kl_loss, mean_mode
@@ -22,14 +23,6 @@ def randomized(layer: BayesLinear) -> BayesLinear:
             parameter.rho.uniform_(-3.0, 1.0)
             layer.set_prior(torch.randn_like(parameter.mu), torch.rand_like(parameter.mu) + 0.5, name)
     return layer
-
-
-def snapshot(layer: nn.Module) -> dict[str, Tensor]:
-    return {key: value.clone() for key, value in layer.state_dict().items()}
-
-
-def assert_same_state(layer: nn.Module, state: dict[str, Tensor]) -> None:
-    torch.testing.assert_close(dict(layer.state_dict()), state, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("fan_in", [1, 7, 640])
@@ -157,57 +150,6 @@ def test_reset_parameters_starts_over() -> None:
     torch.manual_seed(7)
     layer.reset_parameters()
     assert_same_state(layer, fresh)
-
-
-@pytest.mark.parametrize("name", ["weight", "bias"])
-@pytest.mark.parametrize("form", ["number", "scalar tensor", "per weight"])
-def test_set_prior(name: str, form: str) -> None:
-    layer = BayesLinear(5, 3, dtype=torch.float64)
-    mu, rho, _, _ = layer.gaussian(name)
-    other = layer.kl_of("bias" if name == "weight" else "weight")
-    mean: Any = -0.25  # exact in every dtype
-    sigma: Any = 1.75
-    if form == "scalar tensor":
-        mean, sigma = torch.tensor(mean), torch.tensor(sigma)
-    elif form == "per weight":
-        mean, sigma = torch.randn_like(mu, requires_grad=True), torch.rand_like(mu) + 0.1
-    layer.set_prior(mean, sigma, name)
-    mean, sigma = (torch.as_tensor(value).double() for value in (mean, sigma))
-    expected = kl_divergence(Normal(mu, F.softplus(rho)), Normal(mean, sigma)).sum()
-    torch.testing.assert_close(layer.kl_of(name), expected, rtol=1e-12, atol=0)
-    assert torch.equal(layer.kl_of("bias" if name == "weight" else "weight"), other)
-    assert layer.kl_loss().requires_grad
-    assert not layer.gaussian(name).prior_mu.requires_grad
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ((0.0, 1.0, "weights"), ValueError, "name must be one of 'weight'.*got 'weights'"),
-        ((0.0, 1.0, "bias"), ValueError, "name must be one of 'weight', got 'bias'"),
-        ((0.0, 0.0), ValueError, "prior_sigma must be finite and positive, got 0"),
-        ((0.0, -1.5), ValueError, "prior_sigma must be finite and positive, got -1.5"),
-        ((math.nan, 1.0), ValueError, "prior_mu must be finite, got nan"),
-        ((torch.tensor(math.inf), 1.0), ValueError, "prior_mu must be finite"),
-        ((0.0, torch.eye(3, 5)), ValueError, "prior_sigma must be finite and positive"),
-        ((0.0, torch.ones(5)), ValueError, r"prior_sigma must have shape \(\) or \(3, 5\), got \(5,\)"),
-        ((torch.zeros(5, 3), 1.0), ValueError, r"prior_mu must have shape \(\) or \(3, 5\), got \(5, 3\)"),
-        ((torch.zeros((), dtype=torch.long), 1.0), TypeError, "prior_mu must be .*int64"),
-        (
-            (0.0, torch.full((3, 5), 1e-50, dtype=torch.double)),
-            ValueError,
-            "prior_sigma must be finite and positive in .*float32",
-        ),
-        (("0", 1.0), TypeError, "prior_mu must be a number, got .*str"),
-        ((0.0, None), TypeError, "prior_sigma must be a number, got NoneType"),
-    ],
-)
-def test_set_prior_errors(arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:
-    layer = BayesLinear(5, 3, bias=False)
-    before = snapshot(layer)
-    with pytest.raises(error, match=message):
-        layer.set_prior(*arguments)
-    assert_same_state(layer, before)
 
 
 @pytest.mark.parametrize("value", ["magic", "", None, ["shared"]], ids=repr)

@@ -76,10 +76,9 @@ def test_bayesian_torch_averages_over_each_tensor() -> None:
         torch.testing.assert_close(reported, kl_weight * p.layer.kl_of(p.name) / NUM_DATA, rtol=1e-5, atol=0)
 
 
-@pytest.mark.skipif(not hasattr(fb.nn, "BayesLSTM"), reason="there is no BayesLSTM")
 def test_bayesian_torch_counts_an_lstm_twice() -> None:
     theirs = foreign.layer("bayesian-torch", "LSTMReparameterization", 3, 4, prior=PRIOR)
-    ours = fb.nn.BayesLSTM(3, 4, batch_first=True)
+    ours = fb.BayesLSTM(3, 4, batch_first=True)
     fb.load_foreign(ours, theirs, "bayesian-torch")
     reported = foreign.module("bayesian_torch.models.dnn_to_bnn").get_kl_loss(theirs)
     per_tensor = sum(p.layer.kl_of(p.name) / p.mu.numel() for p in variational_parameters(ours))

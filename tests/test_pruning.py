@@ -16,8 +16,8 @@ from fusedbayes.reference import ESTIMATORS, sigma_from_rho
 
 LAYERS: Any = [
     (lambda: fb.BayesLinear(5, 3), (4, 5)),
-    (lambda: fb.nn.BayesConv2d(2, 3, 2), (4, 2, 5, 5)),
-    (lambda: fb.nn.BayesConvTranspose1d(2, 3, 2, stride=2), (4, 2, 5)),
+    (lambda: fb.BayesConv2d(2, 3, 2), (4, 2, 5, 5)),
+    (lambda: fb.BayesConvTranspose1d(2, 3, 2, stride=2), (4, 2, 5)),
 ]
 layers = pytest.mark.parametrize(("make", "shape"), LAYERS, ids=["linear", "conv2d", "transposed1d"])
 

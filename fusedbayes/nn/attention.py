@@ -76,14 +76,14 @@ class BayesMultiheadAttention(BayesModule):
     ) -> tuple[Tensor, Tensor | None]:
         options = (need_weights, average_attn_weights, is_causal)
         draw, draw_out = self._draw(query), self.out_proj._draw(query)
-        if draw is None or draw_out is None:
-            tensors, out = self._means(), self.out_proj._means()
-            return self._attend(tensors, out, (query, key, value, key_padding_mask, attn_mask), *options)
-        draw, draw_out = self._seeded(draw), self.out_proj._seeded(draw_out)
-        batches = _batches((query, key, value, key_padding_mask, attn_mask), draw.num_samples)
+        num_samples = max(1 if each is None else each.num_samples for each in (draw, draw_out))
+        # A context may hold one of the two layers alone.
+        draw = None if draw is None else self._seeded(draw)
+        draw_out = None if draw_out is None else self.out_proj._seeded(draw_out)
         runs = []
-        for index, batch in enumerate(batches):
-            tensors, out = self._sampled(draw, index), self.out_proj._sampled(draw_out, index)
+        for index, batch in enumerate(_batches((query, key, value, key_padding_mask, attn_mask), num_samples)):
+            tensors = self._means() if draw is None else self._sampled(draw, index)
+            out = self.out_proj._means() if draw_out is None else self.out_proj._sampled(draw_out, index)
             runs.append(self._attend(tensors, out, batch, *options))
         if len(runs) == 1:
             return runs[0]

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from fusedbayes import functional, reference
 from fusedbayes.nn.context import Draw
-from fusedbayes.nn.module import BayesModule, product_dtype
+from fusedbayes.nn.drawing import product_dtype
+from fusedbayes.nn.module import BayesModule
 from fusedbayes.noise import Role
 
 # Which weights, and bias or None, an input is convolved with.

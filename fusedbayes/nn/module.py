@@ -1,28 +1,23 @@
-"""What every Bayesian layer shares: random tensors and their priors, initialisation, the KL, where noise comes from."""
+"""What every Bayesian layer is: its construction, initialisation and conversion from and to what it replaces."""
 
 import math
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fusedbayes import functional, reference
-from fusedbayes.arguments import check_estimator
 from fusedbayes.checks import check_number, describe
-from fusedbayes.nn.context import Draw, Fold, FrozenNoise, FusedKL, MeanWeights
-from fusedbayes.nn.prior import RandomTensors, check_fits
+from fusedbayes.nn.drawing import DrawnTensors
+from fusedbayes.nn.prior import configuration
 from fusedbayes.nn.random_tensor import RandomTensor
-from fusedbayes.noise import Address, draw_seed
+from fusedbayes.noise import Address
 from fusedbayes.priors import Prior
-from fusedbayes.reference import ESTIMATORS, Estimator
+from fusedbayes.reference import Estimator
 
 Layer = TypeVar("Layer", bound="BayesModule")
 
-# What every module has, whatever its class.
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
-
-class BayesModule(RandomTensors):
+class BayesModule(DrawnTensors):
     """Base class of the Bayesian layers: a module of the class `replaces` whose parameters are random.
 
     A random tensor `name` has the parameters ``{name}_mu`` and ``{name}_rho``, sigma = softplus(rho), and the prior in
@@ -60,31 +55,22 @@ class BayesModule(RandomTensors):
     """
 
     replaces: ClassVar[type[nn.Module]]
-    estimators: ClassVar[tuple[Estimator, ...]] = ESTIMATORS
     random_tensors: tuple[str, ...] = ("weight", "bias")
     # Attributes of `replaces` that hold its parameters again, which a Bayesian layer has not.
     derived_attributes: ClassVar[frozenset[str]] = frozenset()
     # Children of `replaces` whose weights the layer draws, and what they become along with it.
     parts: ClassVar[dict[str, type["BayesModule"]]] = {}
 
-    # Set for a while by the context managers of `fusedbayes.predict` and `fusedbayes.objective`; neither copied nor
-    # saved. In the instance's __dict__ from the start: torch.compile guards on what is there. What changes at each step
-    # is written there too, past torch.nn.Module.__setattr__, which first looks for a parameter or module to register.
-    _noises: tuple[FrozenNoise | MeanWeights, ...]  # of the contexts that are open; the last one counts
-    _fold: Fold | None
-    _recalls: tuple[Fold, ...]  # of forwards whose backward pass is running and may repeat them for a checkpoint
-    _kl_wanted: bool
-    _kl_of_forward: FusedKL | None
-    _TRANSIENT: ClassVar[dict[str, Any]] = {
-        "_noises": (),
-        "_fold": None,
-        "_recalls": (),
-        "_kl_wanted": False,
-        "_kl_of_forward": None,
-    }
     # What a Bayesian layer has beyond the attributes of the class that it replaces.
     own_attributes: ClassVar[frozenset[str]] = frozenset(
-        {*_TRANSIENT, *RandomTensors.PRIOR_ATTRIBUTES, "sigma_init", "_estimator", "random_tensors", "addresses"}
+        {
+            *DrawnTensors.TRANSIENT,
+            *DrawnTensors.PRIOR_ATTRIBUTES,
+            "sigma_init",
+            "_estimator",
+            "random_tensors",
+            "addresses",
+        }
     )
 
     def __init__(
@@ -123,7 +109,16 @@ class BayesModule(RandomTensors):
         sigma_init: float | None = None,
         estimator: Estimator = "shared",
     ) -> Layer:
-        """The Bayesian counterpart of a module of the class `replaces`, whose parameters *are* its means."""
+        """The Bayesian counterpart of a module of the class `replaces`, whose parameters *are* its means.
+
+        Options and errors are those of the constructor.
+
+        Raises:
+            TypeError: `deterministic` is of another class.
+        """
+        if type(deterministic) is not cls.replaces:
+            kind = type(deterministic).__name__
+            raise TypeError(f"deterministic must be of the class that {cls.__name__} replaces, got a {kind}")
         layer = cls.__new__(cls)
         layer._become(deterministic, prior_mu, prior_sigma, sigma_init, estimator, prior)
         layer._reset_sigmas_and_priors()
@@ -139,7 +134,7 @@ class BayesModule(RandomTensors):
         prior: Prior | None = None,
     ) -> None:
         nn.Module.__init__(self)
-        vars(self).update(self._TRANSIENT)
+        vars(self).update(self.TRANSIENT)
         held_again = self.derived_attributes
         vars(self).update({k: v for k, v in configuration(deterministic).items() if k not in held_again})
         scale = 1.0 / math.sqrt(self.fan_in)
@@ -170,26 +165,6 @@ class BayesModule(RandomTensors):
     @property
     def fan_in(self) -> int:
         raise NotImplementedError
-
-    @property
-    def draws_all(self) -> bool:
-        """Whether every element of the random tensors is random."""
-        return True
-
-    @property
-    def batched_dims(self) -> int:
-        """Dimensions that an input has at least if the first of them is the batch."""
-        return 2
-
-    @property
-    def estimator(self) -> Estimator:
-        """How the output is sampled, one of `estimators`."""
-        return self._estimator
-
-    @estimator.setter
-    def estimator(self, value: Estimator) -> None:
-        check_estimator(value, self.estimators)
-        self._estimator = value
 
     def deterministic(self) -> nn.Module:
         """A module of the class `replaces` that computes with the means: its parameters are these, not copies."""
@@ -225,103 +200,10 @@ class BayesModule(RandomTensors):
         for name in self.names():
             self._buffers.pop(f"{name}_pruned", None)
             self._reset_prior(name)
-            self.set_sigma(self.sigma_init, name)
+            self._hold_sigma(name, self.sigma_init, "sigma_init")
         for name in self.parts:
             part: Any = self.get_submodule(name)
             part._reset_sigmas_and_priors()
-
-    @property
-    def is_held(self) -> bool:
-        """Whether `fusedbayes.frozen_sample` or `fusedbayes.mean_mode` decides at present what the layer draws."""
-        return bool(self._noises)
-
-    def _draw(self, input: Tensor) -> Draw | None:
-        """What a forward of this input draws; None if every weight is its mean."""
-        noise = self._noises[-1] if self._noises else None
-        if isinstance(noise, MeanWeights):
-            return None
-        num_samples = self._samples_in(input)
-        if noise is None:
-            return Draw(None, None, self.addresses, self._estimator, num_samples)
-        estimator = noise.estimator or self._estimator
-        return Draw(
-            noise.seed,
-            noise.sample,
-            noise.addresses,
-            estimator if estimator in self.estimators else "shared",
-            num_samples if noise.each_sample else 1,  # else one function for all rows
-        )
-
-    def _sampled(self, draw: Draw, index: int = 0) -> dict[str, Tensor]:
-        """Every random tensor of the layer, drawn for the Monte Carlo sample of this index in the dtype of products.
-
-        Gives the KL too, in the same pass, where one is wanted.
-        """
-        with_kl, is_normal, drawn, kls = self._charges(), not self.prior_modules(), {}, []
-        for name in self.names():
-            mu, rho = self.posterior(name)
-            drawn[name], kl = functional.sample_weight(
-                mu,
-                rho,
-                # With the KL or without: a checkpoint has to find the same tensors saved.
-                prior=self.prior(name) if is_normal else None,
-                with_kl=with_kl,
-                seed=draw.seed,
-                sample=draw.sample_of(index),
-                address=draw.addresses[name],
-                dtype=product_dtype(mu),
-            )
-            kls += [] if kl is None else [kl]
-        if with_kl:
-            self._record_kl(torch.stack(kls).sum())
-        return drawn
-
-    def _means(self) -> dict[str, Tensor]:
-        """The mean of every random tensor of the layer."""
-        return {name: self.posterior(name)[0] for name in self.names()}
-
-    def _seeded(self, draw: Draw) -> Draw:
-        """The same with a seed, which all tensors and samples of one forward share."""
-        if draw.seed is not None:
-            return draw
-        device = self.posterior(self.names()[0])[0].device
-        return draw._replace(seed=draw_seed(device))
-
-    def _charges(self) -> bool:
-        """Whether this forward is to give the KL: where a prior is not Normal, or weights are pruned, `kl_of` does."""
-        return self._kl_wanted and self._kl_of_forward is None and self.has_fused_kl()
-
-    def _record_kl(self, kl: Tensor) -> None:
-        parameters = tuple(tensor for name in self.names() for tensor in self.posterior(name))
-        vars(self)["_kl_of_forward"] = FusedKL(kl, parameters, tuple(p.requires_grad for p in parameters))
-
-    def _samples_in(self, input: Tensor) -> int:
-        """For how many Monte Carlo samples the input of this forward holds rows."""
-        is_batch = isinstance(input, Tensor) and input.dim() >= self.batched_dims
-        fold, rows = self._fold, input.size(0) if is_batch else 0  # a nested tensor has a size, but no shape
-        if fold is None and not torch.compiler.is_compiling() and self._recalls:
-            fold = self._recalled(rows)
-        if fold is None or fold.num_samples == 1 or not isinstance(input, Tensor):
-            return 1
-        if not is_batch or not fold.holds(rows):
-            raise ValueError(
-                f"the model runs {fold.num_samples} Monte Carlo samples of a batch of {fold.batch} as one along "
-                f"dimension 0, but {type(self).__name__} got {tuple(input.shape)}, whose dimension 0 is no batch, or "
-                f"no multiple of {fold.num_samples * fold.batch}: pass samples_at_once=1 to run them one by one"
-            )
-        return fold.num_samples
-
-    def _recalled(self, rows: int) -> Fold | None:
-        if torch._C._current_graph_task_id() == -1:
-            vars(self)["_recalls"] = ()  # left by a backward pass that failed
-            return None
-        folds = {fold for fold in self._recalls if fold.holds(rows)}
-        if len(folds) > 1:
-            raise RuntimeError(
-                "one backward pass repeats checkpointed forwards of different numbers of Monte Carlo samples: pass "
-                "samples_at_once=1, or differentiate the losses one by one"
-            )
-        return folds.pop() if folds else None
 
     def __getattr__(self, name: str) -> Any:
         if name not in self.random_tensors:
@@ -335,41 +217,9 @@ class BayesModule(RandomTensors):
             raise AttributeError(f"{name!r} of {type(self).__name__} is random: assign {name}_mu and {name}_rho")
         super().__setattr__(name, value)
 
-    @torch.no_grad()
-    def set_sigma(self, sigma: float | Tensor, name: str = "weight") -> None:
-        """Sets the posterior's standard deviation of one random tensor.
-
-        Args:
-            sigma: a number > 0, or a tensor of the parameter's shape.
-            name: of the random tensor (default "weight").
-        """
-        rho = self._tensor(f"{name}_rho")
-        check_fits(sigma, "sigma_init", rho.dtype, 0.0)
-        if rho.is_meta:
-            return  # arithmetic without data has torch import its compiler, and Triton with it
-        if not isinstance(sigma, Tensor):
-            sigma = torch.full((), sigma, device=rho.device)
-        rho.copy_(reference.rho_from_sigma(sigma.to(reference.compute_dtype(rho))))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), **self._TRANSIENT}
-
     def extra_repr(self) -> str:
         parts = (self._arguments_repr(), self._prior_repr(), f"estimator={self.estimator!r}")
         return ", ".join(filter(None, parts))
 
     def _arguments_repr(self) -> str:
         return self.replaces.extra_repr(self)
-
-
-def configuration(module: nn.Module) -> dict[str, Any]:
-    """The attributes of `module` that its class, or whoever else, added to those of every module."""
-    return {key: value for key, value in vars(module).items() if key not in _OF_EVERY_MODULE}
-
-
-def product_dtype(mu: Tensor) -> torch.dtype:
-    """The dtype in which products with a sample of `mu` are computed: autocast's, if it is on."""
-    kind = mu.device.type
-    if kind != "meta" and torch.is_autocast_enabled(kind) and mu.dtype != torch.float64:
-        return torch.get_autocast_dtype(kind)
-    return mu.dtype

@@ -7,11 +7,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fusedbayes import functional
-from fusedbayes.checks import check_number, describe
-from fusedbayes.nn.pruned import PRUNED_RHO, PriorOfTheRest, PrunedTensors, normal_of
+from fusedbayes import functional, reference
+from fusedbayes.checks import check_fits, check_moment, check_number, describe
+from fusedbayes.nn.pruned import PriorOfTheRest, PrunedTensors, masked, normal_of
 from fusedbayes.priors import Normal, Prior
 from fusedbayes.reference import GaussianParameter
+
+# What every module has, whatever its class.
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 class RandomTensors(PrunedTensors):
@@ -43,7 +46,7 @@ class RandomTensors(PrunedTensors):
     def posterior(self, name: str) -> tuple[Tensor, Tensor]:
         """mu and rho of the random tensor `name`; of pruned weights those that `set_pruned` says, without gradients."""
         mu, rho, pruned = self._tensor(f"{name}_mu"), self._tensor(f"{name}_rho"), self.pruned(name)
-        return (mu, rho) if pruned is None else (mu.masked_fill(pruned, 0.0), rho.masked_fill(pruned, PRUNED_RHO))
+        return (mu, rho) if pruned is None else masked(mu, rho, pruned)
 
     def has_fused_kl(self) -> bool:
         """Whether a forward can give the KL: every prior is Normal and no weight is pruned."""
@@ -107,19 +110,20 @@ class RandomTensors(PrunedTensors):
         """The KL of these rows of one random tensor, or of all: for a layer that does not draw them all."""
         mu, rho = self.posterior(name)
         prior, pruned = self.prior_modules().get(f"{name}_prior"), self.pruned(name)
-        normal = self.prior(name) if prior is None else ()
-        kls = []
-        for part in rows or (None,):
-            # What is 0-d holds for all rows.
-            tensors = [t if part is None or t.dim() == 0 else t[part] for t in (mu, rho, *normal)]
-            if pruned is not None:
-                whole = normal_of(*tensors[2:]) if prior is None else prior
-                rest = PriorOfTheRest(whole, pruned if part is None else pruned[part], rho)
-                kls.append(rest.weight_kl(tensors[0], tensors[1]))
-            elif prior is None:
-                kls.append(functional.weight_kl(tensors[0], tensors[1], (tensors[2], tensors[3])))
-            else:
-                kls.append(prior.weight_kl(tensors[0], tensors[1]))
+        if rows and (pruned is not None or any(t.dim() > 0 for t in _tensors(prior))):
+            # Hyperparameters of the weights belong to all of them: the other rows are left out as pruned weights are.
+            pruned = _without_rows(pruned, mu, rows)
+            mu, rho = masked(mu, rho, pruned)
+            rows = ()
+        if pruned is not None:
+            return PriorOfTheRest(self.prior_of(name), pruned, rho).weight_kl(mu, rho)
+        whole = (mu, rho, *(self.prior(name) if prior is None else ()))
+        # What is 0-d holds for all rows.
+        parts = [tuple(t if t.dim() == 0 else t[part] for t in whole) for part in rows] or [whole]
+        if prior is None:
+            kls = [functional.weight_kl(mu, rho, (prior_mu, prior_sigma)) for mu, rho, prior_mu, prior_sigma in parts]
+        else:
+            kls = [prior.weight_kl(*part) for part in parts]
         return kls[0] if len(kls) == 1 else torch.stack(kls).sum()
 
     @torch.no_grad()
@@ -132,39 +136,57 @@ class RandomTensors(PrunedTensors):
             mu, sigma: numbers, or tensors of the parameter's shape; sigma is a standard deviation > 0. Or one
                 `fusedbayes.priors.Prior` and no sigma, as in ``set_prior(Laplace(0.0, 0.1), name="bias")``. A prior
                 with parameters has them trained: make the optimizer afterwards.
-            name: of the random tensor, "weight" (default) or "bias".
+            name: of the random tensor (default "weight").
 
         Raises:
             TypeError: `mu` or `sigma` is neither a number nor a floating-point tensor.
             ValueError: no such random tensor, a shape that is neither () nor the parameter's, or a sigma that is not
                 positive and finite; a prior with a sigma besides.
         """
-        if name not in self.names():
-            raise ValueError(f"name must be one of {', '.join(map(repr, self.names()))}, got {name!r}")
+        self._check_name(name)
         like, _ = self.posterior(name)
         if isinstance(mu, Prior):
             if sigma is not None:
                 raise ValueError(f"a prior is given as it is, without sigma, got sigma={sigma}")
             given = mu
-            if not isinstance(given, Normal) or type(given) is not Normal:
+            if type(given) is not Normal:
                 self._hold_prior(name, given)
                 return
             mu, sigma = given.mu, given.sigma
-        for part, value, positive in (("prior_mu", mu, False), ("prior_sigma", sigma, True)):
-            if not isinstance(value, Tensor):
-                check_number(value, part, positive=positive)  # type: ignore[arg-type]
-                continue
-            if not value.is_floating_point():
-                raise TypeError(f"{part} must be a number or a floating-point tensor, got {describe(value)}")
-            if value.shape not in ((), like.shape):
-                raise ValueError(f"{part} must have shape () or {tuple(like.shape)}, got {tuple(value.shape)}")
-            rounded = value.to(like.dtype)
-            if not torch.isfinite(rounded).all() or (positive and not (rounded > 0).all()):
-                raise ValueError(
-                    f"{part} must be finite{' and positive' if positive else ''} in {like.dtype}, got {value}"
-                )
+        check_moment(mu, "prior_mu", like, like.dtype)
+        check_moment(sigma, "prior_sigma", like, like.dtype, positive=True)
         assert sigma is not None
         self._hold_normal(name, mu, sigma)
+
+    @torch.no_grad()
+    def set_sigma(self, sigma: float | Tensor, name: str = "weight") -> None:
+        """Sets the posterior's standard deviation of one random tensor.
+
+        Args:
+            sigma: > 0, a number or a floating-point tensor, 0-d or of the parameter's shape.
+            name: of the random tensor (default "weight").
+
+        Raises:
+            TypeError: `sigma` is neither a number nor a floating-point tensor.
+            ValueError: no such random tensor, another shape, or a sigma that is not positive and finite.
+        """
+        self._check_name(name)
+        rho = self._tensor(f"{name}_rho")
+        check_moment(sigma, "sigma", rho, reference.compute_dtype(rho), positive=True)
+        self._hold_sigma(name, sigma, "sigma")
+
+    def _check_name(self, name: str) -> None:
+        if name not in self.names():
+            raise ValueError(f"name must be one of {', '.join(map(repr, self.names()))}, got {name!r}")
+
+    def _hold_sigma(self, name: str, sigma: float | Tensor, argument: str) -> None:
+        rho = self._tensor(f"{name}_rho")
+        check_fits(sigma, argument, rho.dtype, 0.0)
+        if rho.is_meta:
+            return  # arithmetic without data has torch import its compiler, and Triton with it
+        if not isinstance(sigma, Tensor):
+            sigma = torch.full((), sigma, device=rho.device)
+        rho.copy_(reference.rho_from_sigma(sigma.to(reference.compute_dtype(rho))))
 
     def _hold_normal(self, name: str, mu: float | Tensor, sigma: float | Tensor) -> None:
         like, _ = self.posterior(name)
@@ -187,6 +209,9 @@ class RandomTensors(PrunedTensors):
             # In place, for the optimizer that has its parameters.
             for mine, theirs in zip(_tensors(own), _tensors(prior), strict=True):
                 mine.copy_(theirs)
+            # And what is no tensor.
+            for held, given in zip(own.modules(), prior.modules(), strict=True):
+                vars(held).update(copy.deepcopy(configuration(given)))
             return
         with torch.inference_mode(False):
             # Hyperparameters need not be as coarse as weights may be.
@@ -264,15 +289,21 @@ def check_exclusive(prior: Prior | None, prior_mu: float, prior_sigma: float | N
         )
 
 
-def check_fits(value: float | Tensor, name: str, dtype: torch.dtype, least: float) -> None:
-    """Raises ValueError unless the number `value` lies between `least` and the largest number of `dtype`."""
-    most = torch.finfo(dtype).max
-    if not isinstance(value, Tensor) and not least <= value <= most:
-        raise ValueError(f"{name} must lie in [{least:.4g}, {most:.4g}] for {dtype}, got {value}")
+def configuration(module: nn.Module) -> dict[str, Any]:
+    """The attributes of `module` that its class, or whoever else, added to those of every module."""
+    return {key: value for key, value in vars(module).items() if key not in _OF_EVERY_MODULE}
 
 
-def _tensors(module: nn.Module) -> list[Tensor]:
-    return list(itertools.chain(module.parameters(), module.buffers()))
+def _without_rows(pruned: Tensor | None, like: Tensor, rows: tuple[slice, ...]) -> Tensor:
+    """The mask, if there is one, and all rows of `like` but these."""
+    others = torch.ones(like.shape, dtype=torch.bool, device=like.device)
+    for part in rows:
+        others[part] = False
+    return others if pruned is None else others | pruned
+
+
+def _tensors(module: nn.Module | None) -> list[Tensor]:
+    return [] if module is None else list(itertools.chain(module.parameters(), module.buffers()))
 
 
 def _shapes(module: nn.Module) -> list[torch.Size]:

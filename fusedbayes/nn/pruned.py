@@ -94,6 +94,11 @@ class PriorOfTheRest(Prior):
         return torch.where(self.pruned, log_q, self.prior.log_prob(w))
 
 
+def masked(mu: Tensor, rho: Tensor, pruned: Tensor) -> tuple[Tensor, Tensor]:
+    """mu and rho as pruned weights have them, without gradients where they are pruned."""
+    return mu.masked_fill(pruned, 0.0), rho.masked_fill(pruned, PRUNED_RHO)
+
+
 def normal_of(mu: Tensor, sigma: Tensor) -> Normal:
     """The prior with these tensors, not copies."""
     normal = Normal()

@@ -17,7 +17,7 @@ class VariationalParameter(NamedTuple):
     """One random tensor of a model: the layer's qualified name, the layer, and the tensor's name in it."""
 
     layer_name: str
-    layer: "BayesModule"
+    layer: BayesModule
     name: str
 
     @property

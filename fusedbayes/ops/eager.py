@@ -282,19 +282,15 @@ def normal(
     rows: Tensor, columns: int, seed: Tensor, sample: Tensor | None, address: Sequence[int], dtype: torch.dtype
 ) -> Tensor:
     arithmetic = torch.promote_types(dtype, torch.float32)
-    eps = noise.normal(seed, rows, columns, sample=_or_zero(sample), **_where(address), dtype=arithmetic)
+    eps = noise.normal(seed, rows, columns, sample=_or_zero(sample), **Address(*address)._asdict(), dtype=arithmetic)
     return eps.to(dtype).contiguous()
 
 
 def signs(
     rows: Tensor, columns: int, seed: Tensor, sample: Tensor | None, address: Sequence[int], dtype: torch.dtype
 ) -> Tensor:
-    signs = noise.signs(seed, rows, columns, sample=_or_zero(sample), **_where(address), dtype=dtype)
+    signs = noise.signs(seed, rows, columns, sample=_or_zero(sample), **Address(*address)._asdict(), dtype=dtype)
     return signs.contiguous()
-
-
-def _where(address: Sequence[int]) -> dict[str, Any]:
-    return dict(zip(("stream", "row_offset", "column_offset"), address, strict=True))
 
 
 def _no_kl(mu: Tensor) -> Tensor:
