@@ -22,7 +22,8 @@ class Prior(nn.Module):
     A layer has one for each of its random tensors, a copy of what it was given, as its child ``{name}_prior``: buffers
     and parameters are in the state_dict, and parameters are trained with the model. `kl` and `log_prob` are plain
     PyTorch, computed again in the backward pass, so that nothing of the weight's size is kept for it. Both get float32
-    tensors (float64 for float64 parameters) of the weight's shape, or some of its rows.
+    tensors (float64 for float64 parameters) of the weight's shape; or some of its rows, where a layer does not draw
+    them all and no tensor of the prior has a dimension.
     """
 
     is_analytic: ClassVar[bool] = False  # whether the KL is `kl`, and not an estimate by `log_prob`
