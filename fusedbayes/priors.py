@@ -75,16 +75,17 @@ class Prior(nn.Module):
         if not self.is_analytic:
             return functional.weight_kl_estimate(mu, rho, self.log_prob, seed=seed, sample=sample, address=address)
         check_parameter(mu, rho, "")
-        return recomputed(self._sum_of_kl, mu, rho)
+        return recomputed(lambda mu, rho: self.kl_of_each(mu, rho).sum(), mu, rho)
 
-    def _sum_of_kl(self, mu: Tensor, rho: Tensor) -> Tensor:
+    def kl_of_each(self, mu: Tensor, rho: Tensor) -> Tensor:
+        """`kl` of the weights N(mu, softplus(rho)^2), in the precision of arithmetic; ValueError for another shape."""
         dtype = reference.compute_dtype(mu)
         kl = self.kl(mu.to(dtype), reference.sigma_from_rho(rho.to(dtype)))
         if not isinstance(kl, Tensor) or kl.shape != mu.shape:
             raise ValueError(
                 f"kl of {type(self).__name__} must return a tensor of mu's shape {tuple(mu.shape)}, got {describe(kl)}"
             )
-        return kl.sum(dtype=dtype)
+        return kl.to(dtype)
 
     def check_fits(self, mu: Tensor) -> None:
         """Raises ValueError unless this may be the prior of a tensor like `mu`; a layer asks before it takes it."""
