@@ -22,7 +22,8 @@ class Prior(nn.Module):
     A layer has one for each of its random tensors, a copy of what it was given, as its child ``{name}_prior``: buffers
     and parameters are in the state_dict, and parameters are trained with the model. `kl` and `log_prob` are plain
     PyTorch, computed again in the backward pass, so that nothing of the weight's size is kept for it. Both get float32
-    tensors (float64 for float64 parameters) of the weight's shape, or some of its rows.
+    tensors (float64 for float64 parameters) of the weight's shape; or some of its rows, where a layer does not draw
+    them all and no tensor of the prior has a dimension.
     """
 
     is_analytic: ClassVar[bool] = False  # whether the KL is `kl`, and not an estimate by `log_prob`
@@ -74,16 +75,17 @@ class Prior(nn.Module):
         if not self.is_analytic:
             return functional.weight_kl_estimate(mu, rho, self.log_prob, seed=seed, sample=sample, address=address)
         check_parameter(mu, rho, "")
-        return recomputed(self._sum_of_kl, mu, rho)
+        return recomputed(lambda mu, rho: self.kl_of_each(mu, rho).sum(), mu, rho)
 
-    def _sum_of_kl(self, mu: Tensor, rho: Tensor) -> Tensor:
+    def kl_of_each(self, mu: Tensor, rho: Tensor) -> Tensor:
+        """`kl` of the weights N(mu, softplus(rho)^2), in the precision of arithmetic; ValueError for another shape."""
         dtype = reference.compute_dtype(mu)
         kl = self.kl(mu.to(dtype), reference.sigma_from_rho(rho.to(dtype)))
         if not isinstance(kl, Tensor) or kl.shape != mu.shape:
             raise ValueError(
                 f"kl of {type(self).__name__} must return a tensor of mu's shape {tuple(mu.shape)}, got {describe(kl)}"
             )
-        return kl.sum(dtype=dtype)
+        return kl.to(dtype)
 
     def check_fits(self, mu: Tensor) -> None:
         """Raises ValueError unless this may be the prior of a tensor like `mu`; a layer asks before it takes it."""

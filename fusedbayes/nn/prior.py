@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fusedbayes import functional, reference
 from fusedbayes.checks import check_fits, check_moment, check_number, describe
-from fusedbayes.nn.pruned import PriorOfTheRest, PrunedTensors, masked, normal_of
+from fusedbayes.nn.pruned import PrunedTensors, kl_of_the_rest, masked
 from fusedbayes.priors import Normal, Prior
 from fusedbayes.reference import GaussianParameter
 
@@ -65,7 +65,9 @@ class RandomTensors(PrunedTensors):
         other = self.prior_modules().get(f"{name}_prior")
         if other is not None:
             return other
-        return normal_of(*self.prior(name))
+        normal = Normal()
+        normal.mu, normal.sigma = self.prior(name)
+        return normal
 
     def prior_modules(self) -> dict[str, Prior]:
         """The priors that are not Normal, by the name of the child module."""
@@ -116,7 +118,7 @@ class RandomTensors(PrunedTensors):
             mu, rho = masked(mu, rho, pruned)
             rows = ()
         if pruned is not None:
-            return PriorOfTheRest(self.prior_of(name), pruned, rho).weight_kl(mu, rho)
+            return kl_of_the_rest(self.prior(name) if prior is None else prior, pruned, mu, rho)
         whole = (mu, rho, *(self.prior(name) if prior is None else ()))
         # What is 0-d holds for all rows.
         parts = [tuple(t if t.dim() == 0 else t[part] for t in whole) for part in rows] or [whole]

@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fusedbayes import reference
+from fusedbayes import functional, reference
 from fusedbayes.checks import describe
-from fusedbayes.priors import Normal, Prior
+from fusedbayes.priors import Prior
+from fusedbayes.recompute import recomputed
 
 # What a pruned weight has for rho: a sigma of 2^-60, about 1e-18, which no sum with another weight notices. No rho has
 # the sigma 0, and a much smaller one would draw subnormal numbers, which are slow.
@@ -69,38 +70,34 @@ class PrunedTensors(nn.Module):
                     self.register_buffer(f"{name}_pruned", torch.zeros_like(mu, dtype=torch.bool))
 
 
-class PriorOfTheRest(Prior):
-    """A prior under which pruned weights have no KL.
+def kl_of_the_rest(prior: Prior | tuple[Tensor, Tensor], pruned: Tensor, mu: Tensor, rho: Tensor) -> Tensor:
+    """The KL of the weights that are not pruned, summed.
 
     Args:
-        prior: of the others.
+        prior: of a Normal one its mean and standard deviation: torch.compile cannot make the module.
         pruned: the mask.
-        rho: of the posterior.
+        mu, rho: of all weights, of pruned ones as `masked` makes them.
     """
 
-    def __init__(self, prior: Prior, pruned: Tensor, rho: Tensor) -> None:
-        super().__init__()
-        self.prior, self.pruned = prior, pruned
-        vars(self)["is_analytic"] = prior.is_analytic
-        # Of the pruned weights' rho as it is rounded in their dtype.
-        self.sigma = reference.sigma_from_rho(rho.new_full((), PRUNED_RHO).to(reference.compute_dtype(rho)))
+    def kl(mu: Tensor, rho: Tensor) -> Tensor:
+        if isinstance(prior, Prior):
+            each = prior.kl_of_each(mu, rho)
+        else:
+            each = reference.gaussian_kl(mu, reference.sigma_from_rho(rho.to(reference.compute_dtype(rho))), *prior)
+        return each.masked_fill(pruned, 0.0).sum()
 
-    def kl(self, mu: Tensor, sigma: Tensor) -> Tensor:
-        return self.prior.kl(mu, sigma).masked_fill(self.pruned, 0.0)
+    if not isinstance(prior, Prior) or prior.is_analytic:
+        return recomputed(kl, mu, rho)
+    # Of the pruned weights' rho as it is rounded in their dtype.
+    sigma = reference.sigma_from_rho(rho.new_full((), PRUNED_RHO).to(reference.compute_dtype(rho)))
 
-    def log_prob(self, w: Tensor) -> Tensor:
+    def log_prob(w: Tensor) -> Tensor:
         # Of a pruned weight the posterior's density, so that nothing is left of it in log q - log p.
-        log_q = normal_of(w.new_zeros(()), self.sigma).log_prob(w)
-        return torch.where(self.pruned, log_q, self.prior.log_prob(w))
+        return torch.where(pruned, reference.normal_log_prob(w / sigma, sigma.log()), prior.log_prob(w))
+
+    return functional.weight_kl_estimate(mu, rho, log_prob)
 
 
 def masked(mu: Tensor, rho: Tensor, pruned: Tensor) -> tuple[Tensor, Tensor]:
     """mu and rho as pruned weights have them, without gradients where they are pruned."""
     return mu.masked_fill(pruned, 0.0), rho.masked_fill(pruned, PRUNED_RHO)
-
-
-def normal_of(mu: Tensor, sigma: Tensor) -> Normal:
-    """The prior with these tensors, not copies."""
-    normal = Normal()
-    normal.mu, normal.sigma = mu, sigma
-    return normal
