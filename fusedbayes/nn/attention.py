@@ -80,7 +80,7 @@ class BayesMultiheadAttention(BayesModule):
             tensors, out = self._means(), self.out_proj._means()
             return self._attend(tensors, out, (query, key, value, key_padding_mask, attn_mask), *options)
         draw, draw_out = self._seeded(draw), self.out_proj._seeded(draw_out)
-        batches = _batches((query, key, value, key_padding_mask, attn_mask), draw.num_samples)
+        batches = _batches((query, key, value, key_padding_mask, attn_mask), draw.num_samples, self.num_heads)
         runs = []
         for index, batch in enumerate(batches):
             tensors, out = self._sampled(draw, index), self.out_proj._sampled(draw_out, index)
@@ -115,16 +115,19 @@ class BayesMultiheadAttention(BayesModule):
         )
 
 
-def _batches(tensors: tuple[Tensor | None, ...], num_samples: int) -> list[tuple[Tensor | None, ...]]:
-    """Each Monte Carlo sample's part along dimension 0, of one mask for all batches the mask itself.
+def _batches(tensors: tuple[Tensor | None, ...], num_samples: int, heads: int) -> list[tuple[Tensor | None, ...]]:
+    """Each Monte Carlo sample's part along dimension 0; what is for one sample, or for all batches, serves each whole.
 
     What was one tensor stays one: torch looks whether a query attends to itself.
     """
     if num_samples == 1:
         return [tensors]
-    parts: dict[int, list[Tensor]] = {
-        id(t): [t] * num_samples if t.dim() == 2 and index == 4 else list(t.tensor_split(num_samples))
-        for index, t in enumerate(tensors)
-        if t is not None
-    }
+    query, *_, attn_mask = tensors
+    assert query is not None
+    parts: dict[int, list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor is not None:
+            rows = len(query) * (heads if tensor is attn_mask else 1)
+            is_of_one = (tensor is attn_mask and tensor.dim() == 2) or num_samples * len(tensor) == rows
+            parts[id(tensor)] = [tensor] * num_samples if is_of_one else list(tensor.tensor_split(num_samples))
     return [tuple(None if t is None else parts[id(t)][index] for t in tensors) for index in range(num_samples)]
