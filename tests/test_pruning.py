@@ -257,6 +257,9 @@ def test_compiles_and_checkpoints() -> None:
     with fb.frozen_sample(model, 3):
         expected = model(x)
         torch.testing.assert_close(compiled(x), expected)
+    elbo = fb.ELBO(model, lambda y, _: y.square().mean(), 10)
+    kl = torch.compile(elbo, fullgraph=True, backend="aot_eager")(x, x).kl
+    torch.testing.assert_close(kl, fb.kl_loss(model))
     y = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False)
     y.sum().backward()
     assert (model[0].weight_mu.grad[model[0].weight_pruned] == 0).all()

@@ -97,5 +97,6 @@ class PriorOfTheRest(Prior):
 def normal_of(mu: Tensor, sigma: Tensor) -> Normal:
     """The prior with these tensors, not copies."""
     normal = Normal()
-    normal.mu, normal.sigma = mu, sigma
+    # Past torch.nn.Module.__setattr__, which torch.compile does not trace for buffers.
+    normal._buffers.update(mu=mu, sigma=sigma)
     return normal
