@@ -109,6 +109,13 @@ class RandomTensors(PrunedTensors):
         """The KL of these rows of one random tensor, or of all: for a layer that does not draw them all."""
         mu, rho = self.posterior(name)
         prior, pruned = self.prior_modules().get(f"{name}_prior"), self.pruned(name)
+        if prior is not None and rows and mu.shape in _shapes(prior):
+            # It has a value for each weight and cannot be asked for some rows: the others count as pruned.
+            left_out = torch.ones_like(mu, dtype=torch.bool)
+            for kept in rows:
+                left_out[kept] = False
+            mu, rho = mu.masked_fill(left_out, 0.0), rho.masked_fill(left_out, PRUNED_RHO)
+            pruned, rows = left_out if pruned is None else pruned | left_out, ()
         normal = self.prior(name) if prior is None else ()
         kls = []
         for part in rows or (None,):
