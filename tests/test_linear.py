@@ -180,6 +180,38 @@ def test_set_prior(name: str, form: str) -> None:
     assert not layer.gaussian(name).prior_mu.requires_grad
 
 
+def test_set_sigma() -> None:
+    layer = BayesLinear(5, 3)
+    values = torch.rand(3, 5) + 0.1
+    layer.set_sigma(values)
+    layer.set_sigma(torch.tensor(0.25), "bias")
+    # rho is rounded to 2^-24 of its value, which is 2 at most here.
+    torch.testing.assert_close(F.softplus(layer.weight_rho), values, rtol=1e-6, atol=2e-7)
+    torch.testing.assert_close(F.softplus(layer.bias_rho), torch.full((3,), 0.25), rtol=1e-6, atol=2e-7)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((0.1, "weights"), ValueError, "name must be one of 'weight', 'bias', got 'weights'"),
+        ((0.0,), ValueError, "sigma must be finite and positive, got 0.0"),
+        ((True,), TypeError, "sigma must be a number, got True"),
+        ((None,), TypeError, "sigma must be a number, got NoneType"),
+        ((1e39,), ValueError, "sigma must lie in .* torch.float32, got 1e"),
+        ((-torch.ones(3, 5),), ValueError, "sigma must be finite and positive in torch.float32, got tensor"),
+        ((torch.tensor(math.nan),), ValueError, "sigma must be finite and positive"),
+        ((torch.ones(5),), ValueError, r"sigma must have shape \(\) or \(3, 5\), got \(5,\)"),
+        ((torch.ones(3, 5, dtype=torch.int64),), TypeError, "sigma must be a number or a floating-point tensor"),
+    ],
+)
+def test_set_sigma_errors(arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:
+    layer = BayesLinear(5, 3)
+    before = layer.weight_rho.clone()
+    with pytest.raises(error, match=message):
+        layer.set_sigma(*arguments)
+    assert torch.equal(layer.weight_rho, before)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

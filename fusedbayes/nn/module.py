@@ -10,7 +10,7 @@ from fusedbayes import functional, reference
 from fusedbayes.arguments import check_estimator
 from fusedbayes.checks import check_number, describe
 from fusedbayes.nn.context import Draw, Fold, FrozenNoise, FusedKL, MeanWeights
-from fusedbayes.nn.prior import RandomTensors, check_fits
+from fusedbayes.nn.prior import RandomTensors, check_fits, check_values
 from fusedbayes.nn.random_tensor import RandomTensor
 from fusedbayes.noise import Address, draw_seed
 from fusedbayes.priors import Prior
@@ -225,6 +225,7 @@ class BayesModule(RandomTensors):
         for name in self.names():
             self._buffers.pop(f"{name}_pruned", None)
             self._reset_prior(name)
+            check_fits(self.sigma_init, "sigma_init", self._tensor(f"{name}_rho").dtype, 0.0)
             self.set_sigma(self.sigma_init, name)
         for name in self.parts:
             part: Any = self.get_submodule(name)
@@ -340,14 +341,24 @@ class BayesModule(RandomTensors):
         """Sets the posterior's standard deviation of one random tensor.
 
         Args:
-            sigma: a number > 0, or a tensor of the parameter's shape.
+            sigma: a number > 0, or a tensor, 0-d or of the parameter's shape, of such. What is below the least sigma
+                that there is (about 1e-18) becomes that.
             name: of the random tensor (default "weight").
+
+        Raises:
+            TypeError: `sigma` is neither a number nor a floating-point tensor.
+            ValueError: no such random tensor, another shape, or a sigma that is not positive and finite.
         """
+        if name not in self.names():
+            raise ValueError(f"name must be one of {', '.join(map(repr, self.names()))}, got {name!r}")
         rho = self._tensor(f"{name}_rho")
-        check_fits(sigma, "sigma_init", rho.dtype, 0.0)
+        if not isinstance(sigma, Tensor):
+            check_fits(check_number(sigma, "sigma", positive=True), "sigma", rho.dtype, 0.0)
         if rho.is_meta:
             return  # arithmetic without data has torch import its compiler, and Triton with it
-        if not isinstance(sigma, Tensor):
+        if isinstance(sigma, Tensor):
+            check_values(sigma, "sigma", rho.shape, reference.compute_dtype(rho), positive=True)
+        else:
             sigma = torch.full((), sigma, device=rho.device)
         rho.copy_(reference.rho_from_sigma(sigma.to(reference.compute_dtype(rho))))
 

@@ -163,15 +163,7 @@ class RandomTensors(PrunedTensors):
             if not isinstance(value, Tensor):
                 check_number(value, part, positive=positive)  # type: ignore[arg-type]
                 continue
-            if not value.is_floating_point():
-                raise TypeError(f"{part} must be a number or a floating-point tensor, got {describe(value)}")
-            if value.shape not in ((), like.shape):
-                raise ValueError(f"{part} must have shape () or {tuple(like.shape)}, got {tuple(value.shape)}")
-            rounded = value.to(like.dtype)
-            if not torch.isfinite(rounded).all() or (positive and not (rounded > 0).all()):
-                raise ValueError(
-                    f"{part} must be finite{' and positive' if positive else ''} in {like.dtype}, got {value}"
-                )
+            check_values(value, part, like.shape, like.dtype, positive=positive)
         assert sigma is not None
         self._hold_normal(name, mu, sigma)
 
@@ -278,6 +270,17 @@ def check_fits(value: float | Tensor, name: str, dtype: torch.dtype, least: floa
     most = torch.finfo(dtype).max
     if not isinstance(value, Tensor) and not least <= value <= most:
         raise ValueError(f"{name} must lie in [{least:.4g}, {most:.4g}] for {dtype}, got {value}")
+
+
+def check_values(value: Tensor, name: str, shape: torch.Size, dtype: torch.dtype, *, positive: bool) -> None:
+    """Raises TypeError or ValueError unless `value`, 0-d or of this shape, is finite (and positive) in `dtype`."""
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be a number or a floating-point tensor, got {describe(value)}")
+    if value.shape not in ((), shape):
+        raise ValueError(f"{name} must have shape () or {tuple(shape)}, got {tuple(value.shape)}")
+    rounded = value.to(dtype)
+    if not torch.isfinite(rounded).all() or (positive and not (rounded > 0).all()):
+        raise ValueError(f"{name} must be finite{' and positive' if positive else ''} in {dtype}, got {value}")
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:
