@@ -188,6 +188,8 @@ def test_positions_are_no_batch_of_samples() -> None:
     with pytest.raises(ValueError, match=r"BayesEmbedding got \(6,\) indices that count up.*samples_at_once=1"):
         fb.predict(model, x, 3)
     assert fb.predict(model, x, 3, samples_at_once=1).outputs.shape == (3, 2, 6, COLUMNS)
+    with fb.frozen_sample(model, 1):  # one function for all samples
+        assert fb.ELBO(model, lambda y, _: y.square().mean(), 10, num_samples=3)(x, None).loss.isfinite()
 
 
 @pytest.mark.parametrize("pruned", [False, True])

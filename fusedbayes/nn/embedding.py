@@ -24,7 +24,7 @@ class BayesEmbedding(BayesModule):
     under `sparse` and scaled under `scale_grad_by_freq`; the KL's are dense.
 
     Where several Monte Carlo samples run as one batch, an input of a single row, such as positions of shape (1,
-    tokens), stands for a batch of equal rows.
+    tokens), stands for a batch of equal rows; indices of one dimension that count up are positions too, and refused.
     """
 
     replaces = nn.Embedding
@@ -61,15 +61,15 @@ class BayesEmbedding(BayesModule):
             return self._look_up(input, draw)
         return self._look_up(rows[:: fold.batch], draw).repeat_interleave(fold.batch, 0)
 
-    def _samples_in(self, input: Tensor) -> int:
-        num_samples = super()._samples_in(input)
-        if num_samples > 1 and input.dim() == 1 and _counts_up(input):
+    def _draw(self, input: Tensor) -> Draw | None:
+        draw = super()._draw(input)
+        if draw is not None and draw.num_samples > 1 and input.dim() == 1 and _counts_up(input):
             raise ValueError(
-                f"the model runs {num_samples} Monte Carlo samples as one batch along dimension 0, but "
+                f"the model runs {draw.num_samples} Monte Carlo samples as one batch along dimension 0, but "
                 f"{type(self).__name__} got {tuple(input.shape)} indices that count up, as positions do, which are no "
                 "batch: give it positions of shape (1, tokens), or pass samples_at_once=1 to run samples one by one"
             )
-        return num_samples
+        return draw
 
     def _look_up(self, input: Tensor, draw: Draw | None) -> Tensor:
         mean, rho = self._rows(input)
