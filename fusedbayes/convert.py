@@ -308,7 +308,7 @@ def _initialised(layer: BayesModule, delta: float | None, sources: dict[int, tup
     for name in layer.names():
         mean, _ = layer.posterior(name)
         first, first_name = sources.setdefault(id(mean), (layer, name))
-        if first is not layer:
+        if (first, first_name) != (layer, name):  # another layer's tensor, or another of this one
             layer.share(name, first, first_name)
         elif delta is not None:
             values = mean.detach().to(reference.compute_dtype(mean))

@@ -242,9 +242,15 @@ class _Translation:
         if name not in self._source:
             self._missing.append(name)
             return False
-        value, shape = self._source[name], getattr(like, "shape", None)
-        if isinstance(like, Tensor) and getattr(value, "shape", None) != shape:
+        value = self._source[name]
+        if not isinstance(like, Tensor):
+            return True
+        if not isinstance(value, Tensor) or value.shape != like.shape:
             self._problems.append(f"shape: {name!r} must be {tuple(like.shape)}, got {describe(value)}")
+            return False
+        if value.is_meta or value.layout != torch.strided or value.is_complex() != like.is_complex():
+            kind = "on the meta device" if value.is_meta else f"{value.layout} {value.dtype}"
+            self._problems.append(f"values: {name!r} must be a dense tensor that fits {like.dtype}, got one {kind}")
             return False
         return True
 

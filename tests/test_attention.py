@@ -130,6 +130,23 @@ def test_folded_samples_are_those_of_single_calls(cross: bool) -> None:
         assert len(together.flatten(1).unique(dim=0)) == 4
 
 
+def test_keys_and_masks_of_one_batch_serve_all_samples() -> None:
+    memory, mask = torch.randn(3, 5, 8, dtype=torch.float64), torch.rand(3 * 4, 5, 5) < 0.3
+    mask[:, :, 0] = False  # no query sees nothing
+
+    class Remembering(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = make(batch_first=True)
+
+        def forward(self, x: Tensor) -> Any:
+            return self.attention(x, memory, memory, key_padding_mask=PADDING, attn_mask=mask)[0]
+
+    model, x = Remembering(), inputs(batch_first=True)[0]
+    together, one_by_one = (fb.predict(model, x, 4, seed=2, samples_at_once=n).outputs for n in (None, 1))
+    torch.testing.assert_close(together, one_by_one, rtol=1e-12, atol=1e-12)
+
+
 class _Part(nn.Module):
     def __init__(self, index: int) -> None:
         super().__init__()

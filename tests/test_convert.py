@@ -122,6 +122,22 @@ def test_shared_weight_stays_shared() -> None:
     assert model[0].weight is model[1].weight
 
 
+def test_tensors_of_one_layer_that_are_one() -> None:
+    """As two layers with one weight: one sigma, one charge, one draw of a function."""
+    lstm = nn.LSTM(4, 4, num_layers=2, batch_first=True)
+    lstm.weight_ih_l1 = lstm.weight_ih_l0
+    layer: Any = to_bayesian(lstm)
+    assert layer.weight_ih_l1_rho is layer.weight_ih_l0_rho
+    expected = sum(layer.kl_of(name) for name in layer.names() if name != "weight_ih_l1")
+    for kl in (kl_loss(layer), layer.kl_loss()):
+        torch.testing.assert_close(kl, expected, rtol=1e-6, atol=0)
+    with frozen_sample(layer, 1):
+        draw = layer._draw(torch.ones(2, 3, 4))
+        drawn = layer._sampled(draw)
+    assert torch.equal(drawn["weight_ih_l0"], drawn["weight_ih_l1"])
+    assert to_deterministic(layer).weight_ih_l1 is layer.weight_ih_l0
+
+
 @pytest.mark.parametrize("padding_idx", [None, 3])
 def test_weight_shared_with_an_embedding(padding_idx: int | None) -> None:
     """A language model's table and output layer: one mu, rho and prior, one charge, one draw of a function."""

@@ -232,6 +232,39 @@ def test_a_vector_of_indices_is_a_batch() -> None:
     torch.testing.assert_close(folded, torch.stack([frozen(layer, x, sample=s) for s in range(3)]))
 
 
+def test_positions_are_no_batch_of_samples() -> None:
+    """As many positions as samples have rows: drawn as these they would be of several functions."""
+
+    class Rows(Positions):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.tokens(x) + self.positions(torch.arange(x.shape[1]))
+
+    model, x = Rows("shared"), torch.randint(0, ROWS, (2, 6))
+    with pytest.raises(ValueError, match=r"BayesEmbedding got \(6,\) indices that count up.*samples_at_once=1"):
+        fb.predict(model, x, 3)
+    assert fb.predict(model, x, 3, samples_at_once=1).outputs.shape == (3, 2, 6, COLUMNS)
+    with fb.frozen_sample(model, 1):  # one function for all samples
+        assert fb.ELBO(model, lambda y, _: y.square().mean(), 10, num_samples=3)(x, None).loss.isfinite()
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+def test_a_prior_with_a_value_for_each_weight_and_padding(pruned: bool) -> None:
+    scale = torch.rand(ROWS, COLUMNS) + 0.5
+    layer = table(padding_idx=2, prior=fb.priors.Laplace(0.0, scale))
+    others = [i for i in range(ROWS) if i != 2]
+    if pruned:
+        layer.set_pruned(torch.rand(ROWS, COLUMNS) < 0.5)
+    left = torch.ones(ROWS, COLUMNS, dtype=torch.bool) if layer.pruned("weight") is None else ~layer.pruned("weight")
+    sigma = torch.nn.functional.softplus(layer.weight_rho)
+    expected = fb.priors.Laplace(0.0, scale).kl(layer.weight_mu, sigma)[others][left[others]].sum()
+    torch.testing.assert_close(fb.kl_loss(layer), expected.detach().float(), check_dtype=False, rtol=1e-5, atol=0)
+    fb.kl_loss(layer).backward()
+    for parameter in layer.parameters():
+        assert parameter.grad is not None
+        assert torch.equal(parameter.grad[2], torch.zeros(COLUMNS))
+        assert parameter.grad[others][left[others]].all()
+
+
 @pytest.mark.parametrize("x", [torch.tensor([ROWS]), torch.tensor([-1]), torch.tensor([1.0]), [1]], ids=repr)
 def test_bad_indices_leave_the_generator_as_it_was(x: Any) -> None:
     layer, generator = table(), torch.get_rng_state()

@@ -160,6 +160,19 @@ def test_errors_name_the_library_that_it_looks_like() -> None:
         fb.load_foreign(ours, theirs, "bayesian-torch")
 
 
+@pytest.mark.parametrize(
+    "change", [Tensor.to_sparse, lambda t: t.to(torch.cfloat), lambda t: t.to("meta"), Tensor.numpy]
+)
+def test_values_that_cannot_be_copied_are_named_before_anything_changes(change: Any) -> None:
+    ours = nn.Sequential(fb.BayesLinear(4, 3, bias=False), nn.Linear(3, 2))
+    before = {name: value.clone() for name, value in ours.state_dict().items()}
+    state = {"0.weight_mu": torch.randn(3, 4), "0.weight_log_sigma": torch.zeros(3, 4), "1.bias": torch.zeros(2)}
+    state["1.weight"] = change(torch.randn(2, 3))
+    with pytest.raises(ValueError, match=r"'1\.weight' must be"):
+        fb.load_foreign(ours, state, "torchbnn", prior=fb.priors.Normal())
+    torch.testing.assert_close(ours.state_dict(), before, rtol=0, atol=0)
+
+
 def test_errors() -> None:
     theirs, ours = LINEAR_CASES[1].pair()
     with pytest.raises(ValueError, match=r"library must be one of 'bayesian-torch', .*, got 'pyro'"):

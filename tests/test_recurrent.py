@@ -126,6 +126,22 @@ def test_folded_samples_have_states_of_their_own(layer_class: type) -> None:
 
 
 @EACH
+def test_states_of_one_batch_serve_all_samples(layer_class: type) -> None:
+    class Started(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = make(layer_class, batch_first=True)
+            self.start = torch.randn(1, 3, 4, dtype=torch.float64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x, (self.start, self.start) if layer_class is fb.BayesLSTM else self.start)[0]
+
+    model, x = Started(), torch.randn(3, 6, 5, dtype=torch.float64)
+    together, one_by_one = (fb.predict(model, x, 4, seed=2, samples_at_once=n).outputs for n in (None, 1))
+    torch.testing.assert_close(together, one_by_one, rtol=1e-12, atol=1e-12)
+
+
+@EACH
 def test_what_cannot_be_folded(layer_class: type) -> None:
     class Packing(nn.Module):
         def __init__(self) -> None:

@@ -81,7 +81,9 @@ class BayesMultiheadAttention(BayesModule):
         draw = None if draw is None else self._seeded(draw)
         draw_out = None if draw_out is None else self.out_proj._seeded(draw_out)
         runs = []
-        for index, batch in enumerate(_batches((query, key, value, key_padding_mask, attn_mask), num_samples)):
+        for index, batch in enumerate(
+            _batches((query, key, value, key_padding_mask, attn_mask), num_samples, self.num_heads)
+        ):
             tensors = self._means() if draw is None else self._sampled(draw, index)
             out = self.out_proj._means() if draw_out is None else self.out_proj._sampled(draw_out, index)
             runs.append(self._attend(tensors, out, batch, *options))
@@ -115,19 +117,27 @@ class BayesMultiheadAttention(BayesModule):
         )
 
 
-def _batches(tensors: tuple[Tensor | None, ...], num_samples: int) -> list[tuple[Tensor | None, ...]]:
-    """Each Monte Carlo sample's part along dimension 0; a mask for all batches is not taken apart."""
+def _batches(tensors: tuple[Tensor | None, ...], num_samples: int, heads: int) -> list[tuple[Tensor | None, ...]]:
+    """Each Monte Carlo sample's part along dimension 0; what is for one sample, or for all batches, serves each whole.
+
+    What was one tensor stays one: torch looks whether a sequence attends to itself.
+    """
     if num_samples == 1:
         return [tensors]
     query, key, value, key_padding_mask, attn_mask = tensors
-    queries = _split(query, num_samples)
-    # What was one tensor stays one: torch looks whether a sequence attends to itself.
-    keys = queries if key is query else _split(key, num_samples)
-    values = keys if value is key else _split(value, num_samples)
+    assert query is not None
+    rows = len(query)
+    queries = _split(query, num_samples, rows)
+    keys = queries if key is query else _split(key, num_samples, rows)
+    values = keys if value is key else _split(value, num_samples, rows)
+    padding_masks = _split(key_padding_mask, num_samples, rows)
     for_all = attn_mask is not None and attn_mask.dim() == 2
-    attn_masks = [attn_mask] * num_samples if for_all else _split(attn_mask, num_samples)
-    return list(zip(queries, keys, values, _split(key_padding_mask, num_samples), attn_masks, strict=True))
+    attn_masks = [attn_mask] * num_samples if for_all else _split(attn_mask, num_samples, heads * rows)
+    return list(zip(queries, keys, values, padding_masks, attn_masks, strict=True))
 
 
-def _split(tensor: Tensor | None, num_samples: int) -> list[Any]:
-    return [None] * num_samples if tensor is None else list(tensor.tensor_split(num_samples))
+def _split(tensor: Tensor | None, num_samples: int, rows: int) -> list[Any]:
+    """The samples' parts of `rows` rows; a tensor that has those of one sample serves each."""
+    if tensor is None or num_samples * len(tensor) == rows:
+        return [tensor] * num_samples
+    return list(tensor.tensor_split(num_samples))

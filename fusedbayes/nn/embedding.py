@@ -24,7 +24,7 @@ class BayesEmbedding(BayesModule):
     under `sparse` and scaled under `scale_grad_by_freq`; the KL's are dense.
 
     Where several Monte Carlo samples run as one batch, an input of a single row, such as positions of shape (1,
-    tokens), stands for a batch of equal rows.
+    tokens), stands for a batch of equal rows; indices of one dimension that count up are positions too, and refused.
     """
 
     replaces = nn.Embedding
@@ -60,6 +60,16 @@ class BayesEmbedding(BayesModule):
         if draw is None or draw.num_samples == 1:
             return self._look_up(input, draw)
         return self._look_up(rows[:: fold.batch], draw).repeat_interleave(fold.batch, 0)
+
+    def _draw(self, input: Tensor) -> Draw | None:
+        draw = super()._draw(input)
+        if draw is not None and draw.num_samples > 1 and input.dim() == 1 and _counts_up(input):
+            raise ValueError(
+                f"the model runs {draw.num_samples} Monte Carlo samples as one batch along dimension 0, but "
+                f"{type(self).__name__} got {tuple(input.shape)} indices that count up, as positions do, which are no "
+                "batch: give it positions of shape (1, tokens), or pass samples_at_once=1 to run samples one by one"
+            )
+        return draw
 
     def _look_up(self, input: Tensor, draw: Draw | None) -> Tensor:
         mean, rho = self._rows(input)
@@ -97,3 +107,11 @@ class BayesEmbedding(BayesModule):
             return super().kl_of(name)
         # The rows before and after: subtracting the KL of one row would leave it a gradient of rounding errors.
         return self._kl_of_rows(name, slice(self.padding_idx), slice(self.padding_idx + 1, None))
+
+
+def _counts_up(indices: Tensor) -> bool:
+    """Whether each is the one before plus 1: those of several equal batches are not. False where no one may look."""
+    capturing = indices.is_cuda and torch.cuda.is_current_stream_capturing()
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or capturing or indices.is_meta:
+        return False
+    return indices.numel() > 1 and bool((indices.diff() == 1).all())

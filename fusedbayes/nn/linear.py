@@ -151,7 +151,8 @@ class BayesTransposedLinear(_BayesLinearMap):
 
     Replaces ``transformers.pytorch_utils.Conv1D``, which is a linear layer and no convolution (that is `BayesConv1d`).
     Otherwise as `BayesLinear`, whose estimators, default scales and noise it has: W transposed is what a `BayesLinear`
-    draws of it.
+    draws of it. So a `BayesLinear` or `BayesEmbedding` that holds the very same parameter shares its mean, sigma and
+    prior, but not its draw, even within `frozen_sample`.
 
     Args:
         nf, nx: numbers of outputs and inputs, in this order.

@@ -97,12 +97,14 @@ class RandomTensors(PrunedTensors):
         return getattr(self, attribute)
 
     def kl_loss(self) -> Tensor:
-        """KL of the posterior from the prior, summed over the layer's parameters; see `fusedbayes.kl_loss`.
+        """KL of the posterior from the prior, summed over the layer's parameters, each once; see `fusedbayes.kl_loss`.
 
         Returns:
             0-d float32 tensor (float64 for float64 parameters) in nats, differentiable.
         """
-        return torch.stack([self.kl_of(name) for name in self.names()]).sum()
+        # By the tensor: one that has two names in the layer is charged once.
+        distinct = {id(self._parameters.get(f"{name}_mu", name)): name for name in self.names()}
+        return torch.stack([self.kl_of(name) for name in distinct.values()]).sum()
 
     def kl_of(self, name: str) -> Tensor:
         """The KL of one random tensor, 0-d, pruned weights left out: of some priors an estimate, with fresh noise."""

@@ -62,7 +62,7 @@ class _BayesRecurrent(BayesModule):
             return self._run(self._sampled(draw), input, hx)
         # Each sample's part of the batch, along dimension 0 of the sequences and 1 of the states.
         inputs = input.tensor_split(draw.num_samples)
-        states = [None] * draw.num_samples if hx is None else _split(hx, draw.num_samples)
+        states = [None] * draw.num_samples if hx is None else _split(hx, draw.num_samples, len(input))
         runs = [
             self._run(self._sampled(draw, index), *each) for index, each in enumerate(zip(inputs, states, strict=True))
         ]
@@ -122,10 +122,12 @@ class BayesRNN(_BayesRecurrent):
     stand_in = stand_in_for(nn.RNN)
 
 
-def _split(hx: Any, num_samples: int) -> list[Any]:
-    if isinstance(hx, Tensor):
-        return list(hx.tensor_split(num_samples, dim=1))
-    return list(zip(*(state.tensor_split(num_samples, dim=1) for state in hx), strict=True))
+def _split(hx: Any, num_samples: int, rows: int) -> list[Any]:
+    """Each Monte Carlo sample's states; those for one sample of the batch serve them all."""
+    if not isinstance(hx, Tensor):
+        return list(zip(*(_split(state, num_samples, rows) for state in hx), strict=True))
+    is_of_one = hx.dim() == 3 and num_samples * hx.shape[1] == rows
+    return [hx] * num_samples if is_of_one else list(hx.tensor_split(num_samples, dim=1))
 
 
 def _joined(states: Any) -> Any:
