@@ -69,6 +69,24 @@ def test_sparse_gradients_train() -> None:
     assert (layer.weight_mu != before).any(1).tolist() == [row in (2, 5) for row in range(ROWS)]
 
 
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_pruned_rows_with_sparse_gradients(estimator: Estimator) -> None:
+    sparse, dense = table(estimator=estimator, sparse=True), table(estimator=estimator)
+    dense.load_state_dict(sparse.state_dict())
+    pruned = torch.rand(ROWS, COLUMNS) < 0.5
+    x = torch.tensor([[1, 2, 1], [6, 0, 6]])
+    for layer in (sparse, dense):
+        layer.set_pruned(pruned)
+        frozen(layer, x).square().sum().backward()
+    for mine, theirs in zip(sparse.parameters(), dense.parameters(), strict=True):
+        assert mine.grad is not None
+        assert theirs.grad is not None
+        assert mine.grad.is_sparse
+        # Sums of two terms in one order or the other.
+        torch.testing.assert_close(mine.grad.to_dense(), theirs.grad, rtol=1e-6, atol=1e-6)
+        assert not mine.grad.to_dense()[pruned].any()
+
+
 def test_scale_grad_by_freq() -> None:
     x = torch.tensor([2, 2, 2, 5])
     grads = []

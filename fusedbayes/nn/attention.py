@@ -37,7 +37,7 @@ class BayesMultiheadAttention(BayesModule):
     replaces = nn.MultiheadAttention
     estimators: ClassVar[tuple[Estimator, ...]] = ("shared",)
     stand_in = stand_in_for(nn.MultiheadAttention)
-    parts = {"out_proj": BayesOutputProjection}  # noqa: RUF012
+    parts: ClassVar[dict[str, type[BayesModule]]] = {"out_proj": BayesOutputProjection}
 
     embed_dim: int
     num_heads: int

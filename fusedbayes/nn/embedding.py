@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from fusedbayes import reference
 from fusedbayes.nn.context import Draw
 from fusedbayes.nn.module import BayesModule
+from fusedbayes.nn.pruned import PRUNED_RHO
 from fusedbayes.noise import Role
 
 
@@ -86,10 +87,15 @@ class BayesEmbedding(BayesModule):
 
     def _rows(self, input: Tensor) -> tuple[Tensor, Tensor]:
         """The rows of mu and rho that are looked up."""
-        mu, rho = self.posterior("weight")
+        mu, rho, pruned = self._tensor("weight_mu"), self._tensor("weight_rho"), self.pruned("weight")
         how = self.scale_grad_by_freq, self.sparse
         mean = F.embedding(input, mu, self.padding_idx, self.max_norm, self.norm_type, *how)
-        return mean, F.embedding(input, rho, self.padding_idx, None, 2.0, *how)
+        rho = F.embedding(input, rho, self.padding_idx, None, 2.0, *how)
+        if pruned is None:
+            return mean, rho
+        # As `posterior` masks them, but not the whole table, whose gradients may be sparse.
+        gone = F.embedding(input, pruned)
+        return mean.masked_fill(gone, 0.0), rho.masked_fill(gone, PRUNED_RHO)
 
     def _eps(self, rows: Tensor, draw: Draw, index: int, dtype: torch.dtype) -> Tensor:
         """The normals (lookups, embedding_dim) of one Monte Carlo sample."""
