@@ -12,7 +12,10 @@ from fusedbayes.nn import (
     BayesConvTranspose2d,
     BayesConvTranspose3d,
     BayesEmbedding,
+    BayesGRU,
     BayesLinear,
+    BayesLSTM,
+    BayesMultiheadAttention,
 )
 from fusedbayes.objective import ELBO, ElboOutput, kl_loss
 from fusedbayes.ops.backend import Backend, backend_info, use_reference
@@ -29,7 +32,10 @@ __all__ = [
     "BayesConvTranspose2d",
     "BayesConvTranspose3d",
     "BayesEmbedding",
+    "BayesGRU",
+    "BayesLSTM",
     "BayesLinear",
+    "BayesMultiheadAttention",
     "ElboOutput",
     "Prediction",
     "__version__",

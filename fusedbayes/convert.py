@@ -2,7 +2,7 @@
 
 import fnmatch
 import sys
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -20,13 +20,6 @@ from fusedbayes.nn.traverse import qualified_name, variational_parameters
 from fusedbayes.reference import Estimator
 
 Where = Callable[[str, nn.Module], bool] | str | type[nn.Module] | Iterable[str | type[nn.Module]]
-
-# Inference shortcuts of torch that read a child's weight without calling it: the attribute and value that switch them
-# off while a child is Bayesian.
-_SHORTCUTS: dict[type[nn.Module], tuple[str, Any]] = {
-    nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
-    nn.TransformerEncoder: ("use_nested_tensor", False),
-}
 
 
 class ConversionRow(NamedTuple):
@@ -66,9 +59,6 @@ def to_bayesian(
     What cannot be converted is left alone and named in the report: a class without a counterpart, a subclass of one
     that has, because its forward may differ, and a layer that is lazy, reparametrised or patched.
 
-    Convert a whole nn.TransformerEncoder, not its layers: its inference shortcut, which reads weights without calling
-    the layers, can be switched off from above only.
-
     Args:
         model: any module, an nn.Linear too. It is changed and returned.
         where: which layers; None (default) all. A callable ``(name, module) -> bool``, a name or glob pattern of
@@ -105,17 +95,17 @@ def to_bayesian(
     # Everything that can fail happens before the first change.
     counterparts = {layer.replaces: layer for layer in LAYERS}
     names, refusals = _select(model, counterparts, where)
-    if init == "moped" and any(t.is_meta for module in names for t in module._parameters.values() if t is not None):
+    if init == "moped" and any(t.is_meta for module in names for t in module.parameters()):
         raise ValueError("init='moped' needs the values of the weights, but some are on the meta device")
-    converted = {name: counterparts[type(module)].__name__ for module, name in names.items()}
-    report = _report(model, converted, refusals)
     sources = {id(p.value.mu): (p.layer, p.name) for p in variational_parameters(model)}
     twins: dict[nn.Module, nn.Module] = {}
     with torch.inference_mode(False):  # an inference tensor could not be trained
         for module in names:
             layer = counterparts[type(module)]
             known = estimator if estimator in layer.estimators else "shared"
-            twins[module] = _initialised(layer.of(module, **options, estimator=known), delta, sources)
+            for part, twin in _with_parts(module, layer.of(module, **options, estimator=known)):
+                twins[part] = _initialised(twin, delta, sources)
+    report = _report(model, twins, refusals)
     _convert(model, twins)
     return (model, report) if return_report else model
 
@@ -137,7 +127,7 @@ def to_deterministic(model: nn.Module) -> nn.Module:
             `mean_mode`; or the model is distributed already. The model is unchanged then.
     """
     layers, _ = _select(model, LAYERS, None, every=True)
-    return _convert(model, {layer: layer.deterministic() for layer in layers})
+    return _convert(model, dict(pair for layer in layers for pair in _with_parts(layer, layer.deterministic())))
 
 
 def _select(
@@ -179,14 +169,16 @@ def _select(
     return chosen, refusals
 
 
-def _report(model: nn.Module, converted: dict[str, str], refusals: dict[str, str]) -> Report[ConversionRow]:
+def _report(model: nn.Module, twins: dict[nn.Module, nn.Module], refusals: dict[str, str]) -> Report[ConversionRow]:
     """A row for each deterministic module with parameters of its own."""
+    reasons = {layer.replaces: "not picked" for layer in LAYERS}
+    for layer in LAYERS:
+        reasons |= {p.replaces: f"becomes Bayesian with the {layer.replaces.__name__}" for p in layer.parts.values()}
 
     def outcome(name: str, module: nn.Module) -> str:
-        if name in converted:
-            return converted[name]
-        known = _class_of(module) in {layer.replaces for layer in LAYERS}
-        return "left alone: " + refusals.get(name, "not picked" if known else "has no Bayesian counterpart")
+        if module in twins:
+            return type(twins[module]).__name__
+        return "left alone: " + refusals.get(name, reasons.get(_class_of(module), "has no Bayesian counterpart"))
 
     return Report(
         ConversionRow(qualified_name(name), type(module).__name__, outcome(name, module))
@@ -210,17 +202,26 @@ def _class_of(module: nn.Module) -> type[nn.Module]:
     return kind.__bases__[0] if parametrize.is_parametrized(module) else kind
 
 
-def _refusal(module: Any) -> str | None:
+def _with_parts(module: Any, twin: Any) -> Iterator[tuple[nn.Module, Any]]:
+    """A module and its twin, and so the children of a layer that are converted along with it."""
+    yield module, twin
+    layer = twin if isinstance(twin, BayesModule) else module
+    for name in layer.parts:
+        yield from _with_parts(module.get_submodule(name), twin.get_submodule(name))
+
+
+def _refusal(module: Any, layer: type[BayesModule] | None = None) -> str | None:
     """Why `module` cannot be converted, if it is not what its class says: that class's tensors and its forward."""
     if isinstance(module, LazyModuleMixin):
         return f"is an nn.{type(module).__name__} without weights yet: run one forward before converting"
     if "forward" in vars(module):
         return "has a forward of its own, which a converted layer would not compute"
     if isinstance(module, BayesModule):
-        parts = ("mu", "rho", "prior_mu", "prior_sigma")
-        expected = {f"{name}_{part}" for name in module.random_tensors for part in parts}
+        layer, own = type(module), ("mu", "rho", "prior_mu", "prior_sigma")
+        expected = {f"{name}_{part}" for name in module.random_tensors for part in own}
     else:
-        expected = {*{layer.replaces: layer for layer in LAYERS}[_class_of(module)].tensors_of(module)}
+        layer = layer or {layer.replaces: layer for layer in LAYERS}[_class_of(module)]
+        expected = {*layer.tensors_of(module)}
     held = {*module._parameters, *module._buffers}
     if held != expected:
         # torch.nn.utils.weight_norm, pruning and parametrizations compute the weight from other tensors.
@@ -230,6 +231,12 @@ def _refusal(module: Any) -> str | None:
             return f"must have floating-point weights, got dtype {tensor.dtype}"
     if isinstance(module, BayesModule) and module.is_held:
         return "cannot be converted inside frozen_sample or mean_mode"
+    for name, part in layer.parts.items():
+        child, kind = module._modules.get(name), part if isinstance(module, BayesModule) else part.replaces
+        if type(child) is not kind:
+            return f"must have a {kind.__name__} as {name!r}, got a {type(child).__name__}"
+        if (reason := _refusal(child, part)) is not None:
+            return f"has a child {name!r} that {reason}"
     return None
 
 
@@ -274,24 +281,12 @@ def _convert(model: nn.Module, twins: dict[nn.Module, nn.Module]) -> nn.Module:
     The object itself changes its class, as torch's lazy and parametrized modules do: whoever holds it, a list, an
     optimizer's closure or a compiled wrapper, holds the converted layer.
     """
-    own = BayesModule.own_attributes
     for module, twin in twins.items():
+        kinds = [kind for kind in (type(module), type(twin)) if issubclass(kind, BayesModule)]
+        own = BayesModule.own_attributes.union(*(kind.derived_attributes for kind in kinds))
         for attribute in own:
             vars(module).pop(attribute, None)
         module.__class__ = type(twin)
         kept = {"_parameters", "_buffers", *own}
         vars(module).update({key: value for key, value in vars(twin).items() if key in kept})
-    for parent in model.modules():
-        for kind, (attribute, off) in _SHORTCUTS.items():
-            if isinstance(parent, kind):
-                _set_shortcut(parent, attribute, off)
     return model
-
-
-def _set_shortcut(module: nn.Module, attribute: str, off: Any) -> None:
-    kept = f"_{attribute}_before_fusedbayes"
-    if any(isinstance(child, BayesModule) for child in module.modules()):
-        vars(module).setdefault(kept, getattr(module, attribute))
-        setattr(module, attribute, off)
-    elif kept in vars(module):
-        setattr(module, attribute, vars(module).pop(kept))

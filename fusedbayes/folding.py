@@ -46,7 +46,7 @@ def check_foldable(model: nn.Module) -> None:
         place = f"the {type(module).__name__} {name!r}" if name else "the model"
         if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
             reason = f"{place} normalises with the statistics of its batch"
-        elif isinstance(module, nn.RNNBase | nn.MultiheadAttention) and not module.batch_first:
+        elif _is_sequential(module) and not module.batch_first:
             reason = f"{place} has batch_first=False: dimension 0 is not the batch"
         elif isinstance(module, nn.DataParallel):
             reason = f"{place} scatters dimension 0 over devices"
@@ -56,6 +56,11 @@ def check_foldable(model: nn.Module) -> None:
             f"several Monte Carlo samples run as one batch, but {reason}: pass samples_at_once=1 to run them one after "
             "another"
         )
+
+
+def _is_sequential(module: nn.Module) -> bool:
+    kind = module.replaces if isinstance(module, BayesModule) else type(module)
+    return issubclass(kind, nn.RNNBase | nn.MultiheadAttention)
 
 
 def fold(x: Any, num_samples: int) -> Any:

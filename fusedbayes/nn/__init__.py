@@ -1,5 +1,6 @@
 """Bayesian layers: parameters, initialisation, priors and state."""
 
+from fusedbayes.nn.attention import BayesMultiheadAttention
 from fusedbayes.nn.convolution import (
     BayesConv1d,
     BayesConv2d,
@@ -11,6 +12,8 @@ from fusedbayes.nn.convolution import (
 from fusedbayes.nn.embedding import BayesEmbedding
 from fusedbayes.nn.linear import BayesLinear
 from fusedbayes.nn.module import BayesModule
+from fusedbayes.nn.random_tensor import RandomTensor
+from fusedbayes.nn.recurrent import BayesGRU, BayesLSTM
 from fusedbayes.nn.traverse import VariationalParameter, bayes_modules, variational_parameters
 
 # Every layer: what `fusedbayes.to_bayesian` makes of the class that it replaces.
@@ -19,6 +22,8 @@ LAYERS: tuple[type[BayesModule], ...] = (
     *(BayesConv1d, BayesConv2d, BayesConv3d),
     *(BayesConvTranspose1d, BayesConvTranspose2d, BayesConvTranspose3d),
     BayesEmbedding,
+    *(BayesLSTM, BayesGRU),
+    BayesMultiheadAttention,
 )
 
 __all__ = [
@@ -30,8 +35,12 @@ __all__ = [
     "BayesConvTranspose2d",
     "BayesConvTranspose3d",
     "BayesEmbedding",
+    "BayesGRU",
+    "BayesLSTM",
     "BayesLinear",
     "BayesModule",
+    "BayesMultiheadAttention",
+    "RandomTensor",
     "VariationalParameter",
     "bayes_modules",
     "variational_parameters",

@@ -10,6 +10,7 @@ from fusedbayes import functional, reference
 from fusedbayes.arguments import check_estimator
 from fusedbayes.checks import check_number, describe
 from fusedbayes.nn.context import Draw, Fold, FrozenNoise, FusedKL, MeanWeights
+from fusedbayes.nn.random_tensor import RandomTensor
 from fusedbayes.noise import Address, draw_seed
 from fusedbayes.reference import ESTIMATORS, Estimator, GaussianParameter
 
@@ -24,9 +25,10 @@ class BayesModule(nn.Module):
 
     A random tensor `name` has the parameters ``{name}_mu`` and ``{name}_rho``, sigma = softplus(rho), and the prior in
     the buffers ``{name}_prior_mu`` and ``{name}_prior_sigma``: 0-d for a scalar prior, else of the tensor's shape. All
-    four are in the state_dict. The layer samples in training and evaluation mode alike; `fusedbayes.frozen_sample` and
-    `fusedbayes.mean_mode` change that for a while. The KL costs nothing unless it is asked for (`fusedbayes.kl_loss`,
-    `fusedbayes.ELBO`).
+    four are in the state_dict. ``{name}`` itself tells its shape, dtype and device, but holds no values: see
+    `fusedbayes.nn.RandomTensor`. The layer samples in training and evaluation mode alike; `fusedbayes.frozen_sample`
+    and `fusedbayes.mean_mode` change that for a while. The KL costs nothing unless it is asked for
+    (`fusedbayes.kl_loss`, `fusedbayes.ELBO`).
 
     Args:
         *args, **kwargs: those of the class that is replaced.
@@ -54,6 +56,10 @@ class BayesModule(nn.Module):
     replaces: ClassVar[type[nn.Module]]
     estimators: ClassVar[tuple[Estimator, ...]] = ESTIMATORS
     random_tensors: tuple[str, ...] = ("weight", "bias")
+    # Attributes of `replaces` that hold its parameters again, which a Bayesian layer has not.
+    derived_attributes: ClassVar[frozenset[str]] = frozenset()
+    # Children of `replaces` whose weights the layer draws, and what they become along with it.
+    parts: ClassVar[dict[str, type["BayesModule"]]] = {}
 
     # Set for a while by the context managers of `fusedbayes.predict` and `fusedbayes.objective`; neither copied nor
     # saved. In the instance's __dict__ from the start: torch.compile guards on what is there. What changes at each step
@@ -119,7 +125,8 @@ class BayesModule(nn.Module):
     ) -> None:
         nn.Module.__init__(self)
         vars(self).update(self._TRANSIENT)
-        vars(self).update(configuration(deterministic))
+        held_again = self.derived_attributes
+        vars(self).update({k: v for k, v in configuration(deterministic).items() if k not in held_again})
         scale = 1.0 / math.sqrt(self.fan_in)
         self.prior_mu = check_number(prior_mu, "prior_mu")
         self.prior_sigma = check_number(scale if prior_sigma is None else prior_sigma, "prior_sigma", positive=True)
@@ -136,6 +143,10 @@ class BayesModule(nn.Module):
             for part in ("prior_mu", "prior_sigma"):
                 self.register_buffer(f"{name}_{part}", None if mean is None else mean.new_empty(()))
         self._reset_sigmas_and_priors()
+        for name, kind in self.parts.items():
+            child = deterministic.get_submodule(name)
+            made = kind.of(child, prior_mu=prior_mu, prior_sigma=prior_sigma, sigma_init=sigma_init)
+            self.add_module(name, made.train(child.training))
 
     @classmethod
     def tensors_of(cls, deterministic: nn.Module) -> tuple[str, ...]:
@@ -170,10 +181,17 @@ class BayesModule(nn.Module):
         """A module of the class `replaces` that computes with the means: its parameters are these, not copies."""
         module = self.replaces.__new__(self.replaces)
         nn.Module.__init__(module)
-        vars(module).update({k: v for k, v in configuration(self).items() if k not in self.own_attributes})
+        vars(module).update(self._configuration())
         for name in self.random_tensors:
             module.register_parameter(name, self._tensor(f"{name}_mu"))
+        for name in self.parts:
+            part: Any = self.get_submodule(name)
+            module.add_module(name, part.deterministic())
         return module.train(self.training)
+
+    def _configuration(self) -> dict[str, Any]:
+        """The attributes that a module of the class `replaces` has besides those of every module."""
+        return {key: value for key, value in configuration(self).items() if key not in self.own_attributes}
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -233,6 +251,10 @@ class BayesModule(nn.Module):
             self._record_kl(torch.stack(kls).sum())
         return drawn
 
+    def _means(self) -> dict[str, Tensor]:
+        """The mean of every random tensor of the layer."""
+        return {name: self._tensor(f"{name}_mu") for name in self.names()}
+
     def _seeded(self, draw: Draw) -> Draw:
         """The same with a seed, which all tensors and samples of one forward share."""
         if draw.seed is not None:
@@ -251,7 +273,7 @@ class BayesModule(nn.Module):
     def _samples_in(self, input: Tensor) -> int:
         """For how many Monte Carlo samples the input of this forward holds rows."""
         is_batch = isinstance(input, Tensor) and input.dim() >= self.batched_dims
-        fold, rows = self._fold, input.shape[0] if is_batch else 0
+        fold, rows = self._fold, input.size(0) if is_batch else 0  # a nested tensor has a size, but no shape
         if fold is None and not torch.compiler.is_compiling() and self._recalls:
             fold = self._recalled(rows)
         if fold is None or fold.num_samples == 1 or not isinstance(input, Tensor):
@@ -299,6 +321,12 @@ class BayesModule(nn.Module):
             if attribute in held:
                 return held[attribute]
         return getattr(self, attribute)
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self.random_tensors:
+            return super().__getattr__(name)
+        mu = self._tensor(f"{name}_mu")
+        return None if mu is None else RandomTensor(type(self).__name__, name, mu)
 
     def kl_loss(self) -> Tensor:
         """KL of the posterior from the prior, summed over the layer's parameters; see `fusedbayes.kl_loss`.
@@ -387,7 +415,7 @@ class BayesModule(nn.Module):
 
     def extra_repr(self) -> str:
         own = f"{self._prior_repr()}, estimator={self.estimator!r}"
-        return ", ".join(filter(None, (self.deterministic().extra_repr(), own)))
+        return ", ".join(filter(None, (self.replaces.extra_repr(self), own)))
 
     def _prior_repr(self) -> str:
         """N(mu, sigma) of the first random tensor's prior, or that it is given per weight."""
