@@ -119,12 +119,16 @@ def run_linear(rows: int, shape: tuple[int, int], with_backward: bool) -> None:
 
 
 def run_alone() -> None:
-    """A weight without a layer: its sample and its KL, each forward and backward."""
+    """Without a linear layer: a weight's sample and its KL, each forward and backward, and noise of given rows."""
     mu, rho = (on_gpu(*SQUARE).requires_grad_() for _ in range(2))
     prior = on_gpu(), on_gpu()
     weight, kl = ops.sample_weight(mu, rho, *prior, draw_seed("meta"), None, (0, 0, 0), torch.bfloat16, True)
     torch.autograd.grad([weight, kl], [mu, rho], [on_gpu(*SQUARE, dtype=torch.bfloat16), on_gpu()])
     torch.autograd.grad(ops.weight_kl(mu, rho, *prior), [mu, rho], on_gpu())
+    for columns in (SQUARE[1], 1001):
+        rows = on_gpu(SQUARE[0], dtype=torch.int64)
+        for noise in (ops.normal, ops.signs):
+            noise(rows, columns, draw_seed("meta"), None, (0, 0, 0), torch.float32)
 
 
 def layers(capability: int) -> Iterator[tuple[Layer, bool]]:

@@ -25,6 +25,7 @@ class Budget(NamedTuple):
 INSTRUCTIONS: Mapping[str, float] = MappingProxyType(
     {
         "_sample_weight_kernel": 34.0,  # the sampling pass
+        "_noise_kernel": 14.0,  # noise alone
         "_sample_weight_backward_kernel": 50.0,  # dmu and drho, given dL/dW
         "_linear_forward_kernel": 38.0,  # main loop of the single-pass product
         "_linear_backward_input_kernel": 38.0,

@@ -104,6 +104,7 @@ def variant(launch: KernelLaunch) -> Variant:
         IN_TURN: in_turn,
         "one of several samples": samples == 1 and not in_turn and arguments.get("num_samples", 1) > 1,
         "added": constants.get("ADD", False),
+        "signs": constants.get("SIGNS", False),
         "KL": with_kl,
         "one batch row": arguments.get("M") == 1,
         "KL only": with_kl and not launch.draws,

@@ -22,6 +22,7 @@ from fusedbayes import kernels
 
 ALLOCATIONS = ("empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided")
 PRODUCTS = ("mm", "addmm", "matmul")
+NOISE_ALONE = "_noise_kernel"  # what an embedding looks up, or the outputs of a convolution, drawn by itself
 UNUSED = {("_linear_backward_input_kernel", "shared"): ("x_ptr", "second_x_ptr")}  # arguments that it does not read
 
 
@@ -87,9 +88,10 @@ class KernelLaunch(NamedTuple):
 
     @property
     def draws(self) -> bool:
-        """Whether it draws weights, or what takes their place in a product, and not only the KL or noise of outputs."""
+        """Whether it draws weights, what takes their place in a product, or noise by itself, not outputs or a KL."""
         noise = self.arguments.get("seed_ptr") is not None or self.arguments.get("ESTIMATOR") == "local"
-        return noise and "weight" in self.arguments
+        alone = self.name == NOISE_ALONE and not self.arguments["SIGNS"]
+        return noise and ("weight" in self.arguments or alone)
 
     @property
     def bytes(self) -> int:

@@ -189,10 +189,7 @@ def normal(
     """
     if dtype not in (torch.float32, torch.float64):
         raise TypeError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
-    count = rows.numel() if isinstance(rows, Tensor) else rows
-    # Of a row that is given by its value no more is known than that there is one.
-    extent = min(count, 1) if isinstance(rows, Tensor) else count
-    check_coordinates(extent, columns, stream=stream, row_offset=row_offset, column_offset=column_offset)
+    count = _check_block(rows, columns, stream, row_offset, column_offset)
     seed = as_seed(seed, device)
     sample = as_sample(sample, seed.device)
     first_quad, end_quad = column_offset // 4, -(-(column_offset + columns) // 4)
@@ -201,10 +198,7 @@ def normal(
     blocks = []
     for start in range(0, max(count, 1), chunk):
         end = min(start + chunk, count)
-        if isinstance(rows, Tensor):
-            block_rows = (rows[start:end, None] + row_offset) & _MASK
-        else:
-            block_rows = torch.arange(row_offset + start, row_offset + end, device=seed.device)[:, None]
+        block_rows = _global_rows(rows, start, end, row_offset, seed.device)
         (z0, z2), (z1, z3) = _box_muller(*_philox(seed, quads, block_rows, sample, stream), dtype)
         blocks.append(torch.stack([z0, z1, z2, z3], -1).flatten(1))
     shift = column_offset - 4 * first_quad
@@ -213,7 +207,7 @@ def normal(
 
 def signs(
     seed: int | Tensor,
-    rows: int,
+    rows: int | Tensor,
     columns: int,
     *,
     sample: int | Tensor = 0,
@@ -230,15 +224,31 @@ def signs(
     """
     if not dtype.is_floating_point:
         raise TypeError(f"dtype must be a floating-point dtype, got {dtype}")
-    check_coordinates(rows, columns, stream=stream, row_offset=row_offset, column_offset=column_offset)
+    count = _check_block(rows, columns, stream, row_offset, column_offset)
     seed = as_seed(seed, device)
     first, end = column_offset // 128, -(-(column_offset + columns) // 128)
     counters = torch.arange(first, end, device=seed.device)[None, :]
-    block_rows = torch.arange(row_offset, row_offset + rows, device=seed.device)[:, None]
+    block_rows = _global_rows(rows, 0, count, row_offset, seed.device)
     words = torch.stack(philox_words(seed, counters, block_rows, sample, stream), -1)  # (rows, counters, 4)
     bits = (words[..., None] >> torch.arange(32, device=seed.device)) & 1
     shift = column_offset - 128 * first
-    return (1 - 2 * bits).to(dtype).reshape(rows, 128 * (end - first))[:, shift : shift + columns]
+    return (1 - 2 * bits).to(dtype).reshape(count, 128 * (end - first))[:, shift : shift + columns]
+
+
+def _check_block(rows: int | Tensor, columns: int, stream: int, row_offset: int, column_offset: int) -> int:
+    """Checks as `check_coordinates` does; returns the number of rows."""
+    count = rows.numel() if isinstance(rows, Tensor) else rows
+    # Of a row that is given by its value no more is known than that there is one.
+    extent = min(count, 1) if isinstance(rows, Tensor) else count
+    check_coordinates(extent, columns, stream=stream, row_offset=row_offset, column_offset=column_offset)
+    return count
+
+
+def _global_rows(rows: int | Tensor, start: int, end: int, row_offset: int, device: torch.device) -> Tensor:
+    """Rows number `start` to `end`, as a column."""
+    if isinstance(rows, Tensor):
+        return (rows[start:end, None] + row_offset) & _MASK
+    return torch.arange(row_offset + start, row_offset + end, device=device)[:, None]
 
 
 def check_coordinates(

@@ -157,13 +157,17 @@ def _column_shift(shape: torch.Size, address: Sequence[int]) -> int:
 
 
 def constants(shape: torch.Size, address: Sequence[int], config: TileConfig) -> dict[str, Any]:
-    """The kernels' constants that follow from sizes."""
+    """Those of kernels with a bias that follow from sizes."""
+    return {"BIAS_BLOCK": BIAS_BLOCK, **tile_constants(shape, address, config)}
+
+
+def tile_constants(shape: torch.Size, address: Sequence[int], config: TileConfig) -> dict[str, Any]:
+    """Those of all kernels over tiles of rows."""
     shift = _column_shift(shape, address)
     return {
         "COLUMN_SHIFT": shift,
         "WHOLE_QUADS": shift == 0 and shape[1] % 4 == 0,
         "EVEN": shift == 0 and shape[1] % config.block_k == 0,
-        "BIAS_BLOCK": BIAS_BLOCK,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
         "num_warps": config.num_warps,

@@ -104,9 +104,10 @@ def check_backward(problem: Problem, needs_x: bool = True, needs_weight: bool = 
 @pytest.mark.parametrize("row", [0, 2**31 - 1, 2**32 - 3])
 def test_words_equal_pytorch_words(instruction_set: str, row: int, column: int, seed: int) -> None:
     where = {"sample": torch.tensor(2**32 - 1), "address": Address(2**31 + 7, row, column)}
-    words = cpu.words((3, 70), torch.tensor(seed), **where)
+    given = torch.tensor([2, 0, 2])
+    words = cpu.words(given, 70, torch.tensor(seed), **where)
     first, last = column // 4, (column + 69) // 4
-    quads, rows = torch.arange(first, last + 1)[None, :], torch.arange(row, row + 3)[:, None]
+    quads, rows = torch.arange(first, last + 1)[None, :], (row + given)[:, None]
     expected = torch.stack(noise.philox_words(torch.tensor(seed), quads, rows, 2**32 - 1, 2**31 + 7), -1)
     shift = column - 4 * first
     assert torch.equal(words.long() & 0xFFFFFFFF, expected.flatten(1)[:, shift : shift + 70])
@@ -116,14 +117,27 @@ def test_words_equal_pytorch_words(instruction_set: str, row: int, column: int, 
 @pytest.mark.parametrize("column_offset", range(4))
 def test_normals_equal_pytorch_normals(instruction_set: str, column_offset: int, columns: int) -> None:
     where = {"stream": 3, "row_offset": 5, "column_offset": column_offset}
-    eps = cpu.normal((4, columns), torch.tensor(7), torch.tensor(2), tuple(where.values()))
-    expected = noise.normal(7, 4, columns, sample=2, **where)
+    rows = torch.tensor([3, 0, 2**32 - 6, 3, 2**31])
+    key = torch.tensor(7), torch.tensor(2), tuple(where.values())
+    eps = cpu.normal(rows, columns, *key, torch.float32)
+    expected = noise.normal(7, rows, columns, sample=2, **where)
     torch.testing.assert_close(eps, expected, rtol=0, atol=1e-5)  # the contract's bound
+    assert torch.equal(cpu.normal(rows, columns, *key, torch.bfloat16), eps.bfloat16())
+
+
+@pytest.mark.parametrize("columns", [0, 1, 129, 1091])
+@pytest.mark.parametrize("column_offset", [0, 3, 2**33 - 126])
+def test_signs_equal_pytorch_signs(instruction_set: str, column_offset: int, columns: int) -> None:
+    where = {"stream": 3, "row_offset": 5, "column_offset": column_offset}
+    rows = torch.tensor([3, 0, 2**32 - 6, 3, 2**31])
+    signs = cpu.signs(rows, columns, torch.tensor(7), torch.tensor(2), tuple(where.values()), torch.bfloat16)
+    assert torch.equal(signs, noise.signs(7, rows, columns, sample=2, **where, dtype=torch.bfloat16))
 
 
 def test_normals_at_the_ends_of_the_words(instruction_set: str) -> None:
     for (quad, row, sample, stream), expected in zip(EXTREME_WORDS, EXTREME_NORMALS, strict=True):
-        eps = cpu.normal((1, 4), torch.tensor(0), torch.tensor(sample), Address(stream, row, 4 * quad))
+        key = torch.tensor(0), torch.tensor(sample), Address(stream, row, 4 * quad)
+        eps = cpu.normal(torch.zeros(1, dtype=torch.int64), 4, *key, torch.float32)
         torch.testing.assert_close(eps, torch.tensor([expected]), rtol=0, atol=1e-5)
 
 

@@ -82,6 +82,11 @@ def run_samples(problem: Problem) -> Samples:
     )
 
 
+def run_noise(problem: Problem) -> Tensor:
+    rows = torch.arange(SHAPE[1], device=problem.x.device)
+    return kernels.normal(rows, SHAPE[2] - 1, *problem.noise, torch.float32, config=TILE)
+
+
 def check_all(problem: Problem, device: str) -> None:
     """Compares every launcher with PyTorch in double precision."""
     check_bayes_linear(problem, SINGLE_PASS, device)
@@ -153,9 +158,9 @@ def test_nothing_out_of_bounds(kernel_device: str, column_offset: int) -> None:
     problem = make_problem(SHAPE, weight_address=Address(8, column_offset=column_offset)).to(kernel_device)
     bordered_inputs = problem.map(lambda tensor: bordered(tensor, GuardedAllocations.BORDER, math.nan)[1])
     with GuardedAllocations() as guard:
-        results = (*run_products(bordered_inputs), *run_samples(bordered_inputs))
+        results = (*run_products(bordered_inputs), *run_samples(bordered_inputs), run_noise(problem))
     guard.check()
-    expected = (*run_products(problem), *run_samples(problem))
+    expected = (*run_products(problem), *run_samples(problem), run_noise(problem))
     for result, whole in zip(results, expected, strict=True):
         assert torch.equal(result, whole)
     for tensor, before in zip(bordered_inputs.forward, problem.forward, strict=True):

@@ -7,8 +7,9 @@ import triton.language as tl
 from problems import EXTREME_NORMALS, EXTREME_WORDS
 from torch import Tensor
 
-from fusedbayes import noise
-from fusedbayes.kernels import normal_tile, philox_words
+from fusedbayes import kernels, noise
+from fusedbayes.kernels import TileConfig, normal_tile, philox_words
+from fusedbayes.noise import Address
 
 
 @triton.jit
@@ -115,3 +116,25 @@ def test_normals_of_a_shard_are_its_part_of_the_whole(kernel_device: str) -> Non
     whole = kernel_normal(kernel_device, 4, 19, 52)
     shard = kernel_normal(kernel_device, 4, 12, 32, row_offset=7, quad_offset=5)
     assert torch.equal(shard, whole[7:, 20:])
+
+
+@pytest.mark.parametrize("columns", [0, 1, 16, 41])
+@pytest.mark.parametrize(
+    "address", [Address(2**31 + 1), Address(3, 5, 3), Address(0, 2**31 - 3, 2**33 - 2)], ids=["origin", "shard", "end"]
+)
+def test_noise_of_given_rows(kernel_device: str, address: Address, columns: int) -> None:
+    """Like tokens of a vocabulary: in any order, again and again."""
+    rows = torch.tensor([4, 0, 2**31 - 4, 4, 7, 1])
+    key = noise.as_seed(2**62 + 5, kernel_device), torch.tensor(3, device=kernel_device), address
+    given = torch.stack([rows, -rows], 1).to(kernel_device)[:, 0]  # not adjacent in memory
+    eps = kernels.normal(given, columns, *key, torch.float32, config=TileConfig(4, 16))
+    stream, *offsets = address
+    where = {"sample": 3, "stream": stream, "row_offset": offsets[0], "column_offset": offsets[1]}
+    expected = noise.normal(2**62 + 5, rows, columns, **where)
+    torch.testing.assert_close(eps.cpu(), expected, rtol=0, atol=1e-5)
+    narrow = kernels.normal(given, columns, *key, torch.bfloat16)
+    torch.testing.assert_close(narrow, eps.bfloat16(), rtol=2.0**-7, atol=0)  # the interpreter cuts bits off
+    assert torch.equal(eps[0], eps[3])
+    signs = kernels.signs(given, columns, *key, torch.float16, config=TileConfig(4, 16))
+    assert torch.equal(signs.cpu(), noise.signs(2**62 + 5, rows, columns, **where, dtype=torch.float16))
+    assert kernels.normal(given[:0], columns, *key, torch.float32).shape == (0, columns)

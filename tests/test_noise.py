@@ -110,6 +110,18 @@ def test_a_shard_draws_its_part_of_the_whole(
     assert torch.equal(shard, whole[row : row + rows, column : column + columns])
 
 
+def test_rows_in_any_order() -> None:
+    where: dict[str, Any] = {"sample": 4, "stream": 3, "column_offset": 2}
+    whole = noise.normal(7, 40_000, 5, row_offset=6, **where)
+    rows = torch.randint(0, 40_000, (30_000,))  # more than are drawn at once
+    rows[0] = rows[-1]
+    assert torch.equal(noise.normal(7, rows, 5, row_offset=6, **where), whole[rows])
+    assert torch.equal(noise.normal(7, rows + 6, 5, **where), whole[rows])
+    signs = noise.signs(7, 40_000, 5, row_offset=6, **where)
+    assert torch.equal(noise.signs(7, rows, 5, row_offset=6, **where), signs[rows])
+    assert noise.normal(7, rows[:0], 5).shape == (0, 5)
+
+
 def test_noise_does_not_depend_on_the_working_set() -> None:
     """A wide block is drawn in chunks of a few rows, a narrow one at once."""
     wide = noise.normal(11, 5, 150_001)

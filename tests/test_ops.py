@@ -38,7 +38,12 @@ BACKWARD: dict[str, Callable[[Problem], Sequence[Any]]] = {
     "bayes_linear_backward:input": lambda p: p.backward_input,
     "bayes_linear_backward:weight": lambda p: p.backward_weight,
 }
-OPERATORS = DIFFERENTIABLE | BACKWARD
+NOISE: dict[str, Callable[[Problem], Sequence[Any]]] = {
+    "normal": lambda p: (torch.tensor([4, 0, 4], device=p.x.device), 7, *p.noise, torch.float32),
+    "signs": lambda p: (torch.tensor([4, 0, 4], device=p.x.device), 7, *p.noise, torch.float16),
+    "normal:16-bit": lambda p: (torch.arange(12, device=p.x.device)[::3], 7, *p.noise, torch.bfloat16),
+}
+OPERATORS = DIFFERENTIABLE | BACKWARD | NOISE
 
 
 def double_problem(shape: tuple[int, int, int] = (3, 5, 7), **options: Any) -> Problem:
@@ -50,6 +55,11 @@ def leaves(problem: Problem, names: Sequence[str]) -> dict[str, Tensor]:
     inputs = {"x": problem.x, "weight_mu": problem.weight[0], "weight_rho": problem.weight[1]}
     inputs |= {"bias_mu": problem.bias[0], "bias_rho": problem.bias[1]}
     return {name: tensor.requires_grad_() for name, tensor in inputs.items() if name in names and tensor is not None}
+
+
+def priors_of(name: str) -> tuple[str, ...]:
+    """Noise has none, the KL alone needs one."""
+    return PRIORS[:1] if name in NOISE else PRIORS[1:] if name == "weight_kl" else PRIORS
 
 
 ALL_INPUTS = ("x", "weight_mu", "weight_rho", "bias_mu", "bias_rho")
@@ -66,7 +76,7 @@ def test_every_operator_is_tested() -> None:
 @pytest.mark.parametrize(
     ("name", "prior", "bias"),
     [
-        *((name, prior, True) for name in OPERATORS for prior in PRIORS if (name, prior) != ("weight_kl", "none")),
+        *((name, prior, True) for name in OPERATORS for prior in priors_of(name)),
         *(("bayes_linear", prior, False) for prior in PRIORS),
     ],
 )

@@ -1,11 +1,13 @@
 """What a Bayesian layer is told for a while, by the context managers of prediction and training: noise, samples, KL."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from fusedbayes.noise import Address
+from fusedbayes import ops
+from fusedbayes.noise import Address, as_sample
 from fusedbayes.reference import Estimator
 
 
@@ -96,8 +98,29 @@ class Draw(NamedTuple):
             return self.sample
         return index if self.sample is None else self.sample + index
 
-    def key(self, index: int) -> tuple[Tensor, Tensor | int]:
-        """Seed and sample of the batch of this index, as `fusedbayes.noise` takes them; there must be a seed."""
+    def normals(
+        self, rows: Tensor | int, columns: int, index: int, dtype: torch.dtype, name: str = "weight", role: int = 0
+    ) -> Tensor:
+        """Normals of the given rows, or of so many, for the batch of this index; there must be a seed.
+
+        Args:
+            name: of the random tensor that they belong to.
+            role: of the noise in its stream, see `Role`; without one they are the tensor's own.
+        """
+        return ops.normal(*self._noise(rows, columns, index, name, role), dtype)
+
+    def signs(
+        self, rows: int, columns: int, index: int, dtype: torch.dtype, name: str = "weight", *, role: int
+    ) -> Tensor:
+        """Likewise random signs."""
+        return ops.signs(*self._noise(rows, columns, index, name, role), dtype)
+
+    def _noise(self, rows: Tensor | int, columns: int, index: int, name: str, role: int) -> tuple[Any, ...]:
+        """The operators' arguments."""
         assert self.seed is not None
+        stream, row_offset, column_offset = self.addresses[name]
         sample = self.sample_of(index)
-        return self.seed, 0 if sample is None else sample
+        sample = as_sample(sample, self.seed.device) if isinstance(sample, int) else sample
+        if not isinstance(rows, Tensor):
+            rows = torch.arange(rows, device=self.seed.device)
+        return rows, columns, self.seed, sample, (stream + role, 0 if role else row_offset, column_offset)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fusedbayes import functional, noise, reference
+from fusedbayes import functional, reference
 from fusedbayes.nn.context import Draw
 from fusedbayes.nn.module import BayesModule, product_dtype
 from fusedbayes.noise import Role
@@ -73,15 +73,9 @@ class _BayesConvolution(BayesModule):
             variance = map_(x.to(dtype).square(), *variances)
         batch = mean.shape[0] // draw.num_samples if x.dim() == self.batched_dims else 1
         columns = math.prod(mean.shape[1:] if x.dim() == self.batched_dims else mean.shape)
-        zetas = [self._zeta(batch, columns, draw, index, dtype) for index in range(draw.num_samples)]
+        zetas = [draw.normals(batch, columns, index, dtype, role=Role.LOCAL) for index in range(draw.num_samples)]
         zeta = (zetas[0] if len(zetas) == 1 else torch.cat(zetas)).view(mean.shape)
         return (mean.to(dtype) + reference.safe_sqrt(variance) * zeta).to(mean.dtype)
-
-    def _zeta(self, rows: int, columns: int, draw: Draw, index: int, dtype: torch.dtype) -> Tensor:
-        """A normal for each element (column) of the output of each example (row)."""
-        seed, sample = draw.key(index)
-        stream = draw.addresses["weight"].stream + Role.LOCAL
-        return noise.normal(seed, rows, columns, sample=sample, stream=stream, dtype=dtype)
 
     def _flipout(self, x: Tensor, map_: Map, draw: Draw, index: int) -> Tensor:
         mu, rho = self.posterior("weight")
@@ -108,9 +102,7 @@ class _BayesConvolution(BayesModule):
         """A sign for each channel (column) of each example (row), to be multiplied with `like`."""
         batched = like.dim() == self.batched_dims
         rows, channels = like.shape[:2] if batched else (1, like.shape[0])
-        seed, sample = draw.key(index)
-        stream = draw.addresses["weight"].stream + role
-        signs = noise.signs(seed, rows, channels, sample=sample, stream=stream, dtype=like.dtype)
+        signs = draw.signs(rows, channels, index, like.dtype, role=role)
         return signs.view(*like.shape[: 2 if batched else 1], *[1] * len(self.kernel_size))
 
 
@@ -135,7 +127,7 @@ class _BayesConvTranspose(_BayesConvolution):
     def fan_in(self) -> int:
         """Inputs that an output adds up at most: a stride keeps the taps of a kernel apart."""
         taps = [
-            math.ceil(k / (s // math.gcd(s, d)))
+            math.ceil(k / max(1, s // math.gcd(s, d)))  # torch takes a stride of 0 until it is called
             for k, s, d in zip(self.kernel_size, self.stride, self.dilation, strict=True)
         ]
         return max(1, self.in_channels // self.groups * math.prod(taps))

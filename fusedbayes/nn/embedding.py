@@ -1,12 +1,10 @@
 """The Bayesian counterpart of torch.nn.Embedding."""
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fusedbayes import functional, noise, reference
+from fusedbayes import functional, reference
 from fusedbayes.nn.context import Draw
 from fusedbayes.nn.module import BayesModule
 from fusedbayes.noise import Role
@@ -85,17 +83,12 @@ class BayesEmbedding(BayesModule):
 
     def _eps(self, rows: Tensor, draw: Draw, index: int, dtype: torch.dtype) -> Tensor:
         """The normals (lookups, embedding_dim) of one Monte Carlo sample."""
-        seed, sample = draw.key(index)
-        stream, row, column = draw.addresses["weight"]
-        lookups = rows.numel(), self.embedding_dim
+        size = rows.numel(), self.embedding_dim
         if draw.estimator == "local":
-            stream += Role.LOCAL
-            return noise.normal(seed, *lookups, sample=sample, stream=stream, column_offset=column, dtype=dtype)
-        where: Any = {"row_offset": row, "column_offset": column}
-        eps = noise.normal(seed, rows.long(), self.embedding_dim, sample=sample, stream=stream, **where, dtype=dtype)
+            return draw.normals(*size, index, dtype, role=Role.LOCAL)
+        eps = draw.normals(rows.long(), self.embedding_dim, index, dtype)
         if draw.estimator == "flipout":
-            stream += Role.FLIPOUT_OUTPUT
-            eps = eps * noise.signs(seed, *lookups, sample=sample, stream=stream, column_offset=column, dtype=dtype)
+            eps = eps * draw.signs(*size, index, dtype, role=Role.FLIPOUT_OUTPUT)
         return eps
 
     def kl_of(self, name: str) -> Tensor:

@@ -281,8 +281,8 @@ class BayesModule(nn.Module):
         if not is_batch or not fold.holds(rows):
             raise ValueError(
                 f"the model runs {fold.num_samples} Monte Carlo samples of a batch of {fold.batch} as one along "
-                f"dimension 0, but {type(self).__name__} got {tuple(input.shape)}, whose dimension 0 is no "
-                f"batch or no multiple of {fold.num_samples * fold.batch}: pass samples_at_once=1 to run them one by one"
+                f"dimension 0, but {type(self).__name__} got {tuple(input.shape)}, whose dimension 0 is no batch, or "
+                f"no multiple of {fold.num_samples * fold.batch}: pass samples_at_once=1 to run them one by one"
             )
         return fold.num_samples
 
@@ -395,6 +395,8 @@ class BayesModule(nn.Module):
         """
         _, rho = self.posterior(name)
         check_fits(sigma, "sigma_init", rho.dtype, 0.0)
+        if rho.is_meta:
+            return  # arithmetic without data has torch import its compiler, and Triton with it
         if not isinstance(sigma, Tensor):
             sigma = torch.full((), sigma, device=rho.device)
         rho.copy_(reference.rho_from_sigma(sigma.to(reference.compute_dtype(rho))))

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 from torch.library import Library, register_fake
 
@@ -37,6 +38,9 @@ _SCHEMAS = {
         Tensor? bias_prior_mu, Tensor? bias_prior_sigma, Tensor seed, Tensor? sample, int[] weight_address,
         int[] bias_address, int num_samples, str estimator, bool needs_x, bool needs_weight) -> (Tensor grad_x,
         Tensor grad_weight_mu, Tensor grad_weight_rho, Tensor grad_bias_mu, Tensor grad_bias_rho)""",
+    # Noise of the global rows row_offset + rows, rows an int64 vector. Nothing is differentiable.
+    "normal": "(Tensor rows, int columns, Tensor seed, Tensor? sample, int[] address, ScalarType dtype) -> Tensor",
+    "signs": "(Tensor rows, int columns, Tensor seed, Tensor? sample, int[] address, ScalarType dtype) -> Tensor",
 }
 
 _library = Library("fusedbayes", "DEF")
@@ -67,6 +71,20 @@ def _entry(name: str) -> Callable[..., Any]:
     return call
 
 
+def _entry_of_noise(name: str) -> Callable[..., Tensor]:
+    operator, on_cpu = getattr(torch.ops.fusedbayes, name).default, cpu.implementation(name)
+    transparent = getattr(eager, name)
+
+    def call(*arguments: Any) -> Any:
+        if torch._C._are_functorch_transforms_active():
+            return transparent(*arguments)
+        return (on_cpu if cpu.is_next(arguments) else operator)(*arguments)
+
+    return call
+
+
+normal = _entry_of_noise("normal")
+signs = _entry_of_noise("signs")
 sample_weight = _entry("sample_weight")
 weight_kl = _entry("weight_kl")
 bayes_linear = _entry("bayes_linear")

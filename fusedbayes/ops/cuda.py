@@ -18,7 +18,7 @@ def implementation(name: str) -> Callable[..., Any]:
 
     def run(*arguments: Any) -> Any:
         tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
-        exact = any(tensor.dtype == torch.float64 for tensor in tensors)
+        exact = any(tensor.dtype == torch.float64 for tensor in tensors) or any(a is torch.float64 for a in arguments)
         module = kernels if backend.triton_kernels() and not exact else eager
         with torch.cuda.device_of(tensors[0]):
             return getattr(module, name)(*arguments)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedbayes import reference
+from fusedbayes import noise, reference
 from fusedbayes.noise import Address, Role
 from fusedbayes.reference import SIGMA_FLOOR, Estimator, GaussianParameter, compute_dtype
 
@@ -234,6 +234,25 @@ def _second_product(
     s = reference.signs_of(g, mu.shape[0], key, address, Role.FLIPOUT_OUTPUT)
     grad_x = g @ mu.to(g.dtype) + (g * s) @ (sigma * eps).to(g.dtype) * r
     return _SecondProduct(g * s, x * r, eps, grad_x)
+
+
+def normal(
+    rows: Tensor, columns: int, seed: Tensor, sample: Tensor | None, address: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    arithmetic = torch.promote_types(dtype, torch.float32)
+    eps = noise.normal(seed, rows, columns, sample=_or_zero(sample), **_where(address), dtype=arithmetic)
+    return eps.to(dtype).contiguous()
+
+
+def signs(
+    rows: Tensor, columns: int, seed: Tensor, sample: Tensor | None, address: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    signs = noise.signs(seed, rows, columns, sample=_or_zero(sample), **_where(address), dtype=dtype)
+    return signs.contiguous()
+
+
+def _where(address: Sequence[int]) -> dict[str, Any]:
+    return dict(zip(("stream", "row_offset", "column_offset"), address, strict=True))
 
 
 def _no_kl(mu: Tensor) -> Tensor:

@@ -40,5 +40,12 @@ def bayes_linear_backward(
     return grad_y.new_empty(x.shape if needs_x else 0), *grads
 
 
+def normal(rows: Tensor, columns: int, *rest: Any) -> Tensor:
+    return rows.new_empty((rows.shape[0], columns), dtype=rest[-1])
+
+
+signs = normal
+
+
 def _kl(mu: Tensor, with_kl: bool) -> Tensor:
     return mu.new_empty(() if with_kl else 0, dtype=compute_dtype(mu))

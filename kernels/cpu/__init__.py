@@ -10,6 +10,7 @@ from fusedbayes.kernels.cpu.sample import (
     normal,
     sample_weight,
     sample_weight_backward,
+    signs,
     weight_kl,
     words,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "normal",
     "sample_weight",
     "sample_weight_backward",
+    "signs",
     "weight_kl",
     "words",
 ]

@@ -27,7 +27,7 @@
 namespace {
 
 enum Type : int32_t { FLOAT32, BFLOAT16 };
-enum Output : int32_t { NONE, WEIGHT, VARIANCE, PERTURBATION, NORMAL, WORD };
+enum Output : int32_t { NONE, WEIGHT, VARIANCE, PERTURBATION, NORMAL, WORD, SIGN };
 
 // A matrix, strides in elements; 0 repeats a row or a column. Results have adjacent columns.
 struct Operand {
@@ -49,6 +49,7 @@ struct Problem {
     Operand mu, rho, prior_mu, prior_sigma;
     const int64_t *seed, *sample;  // a sample of null is 0
     int64_t stream, row_offset, column_offset;
+    const int64_t* noise_rows;  // of each row, beyond row_offset; null if they are 0, 1, 2, ...
     const float* grad_kl;
     Operand grad_product;       // dL by what multiplies mu, if it is not grad_sampled
     Operand grad_mu, grad_rho;  // results

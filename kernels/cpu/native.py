@@ -31,6 +31,7 @@ class Output(IntEnum):
     PERTURBATION = 3  # sigma eps
     NORMAL = 4
     WORD = 5  # the bits of the noise's words
+    SIGN = 6
 
 
 class Problem(NamedTuple):
@@ -50,7 +51,7 @@ class Problem(NamedTuple):
 ABSENT = (0, 0, 0, 0, 0)
 # A pass takes its arguments as 64-bit words in the order of the C++: a ctypes.Structure takes longer to fill than a
 # small layer to compute.
-_WORDS = struct.Struct("@60q")
+_WORDS = struct.Struct("@61q")
 
 
 def operand(tensor: torch.Tensor | None, first_row: int = 0) -> tuple[int, ...]:

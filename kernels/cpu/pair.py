@@ -43,7 +43,7 @@ def combine(mean: Tensor, second: Tensor, draw: Draw, estimator: str) -> tuple[T
         return mean.add_(_flip(second, draw, FLIPOUT_OUTPUT)), mean.new_empty(0, draw.num_samples)
     key, (stream, row_offset, _), num_samples, M = draw
     N, address = mean.shape[1], (stream + LOCAL, 0, row_offset)
-    zetas = [normal((M, N), key[0], sample_after(key, index), address) for index in range(num_samples)]
+    zetas = [normal(M, N, key[0], sample_after(key, index), address) for index in range(num_samples)]
     batches = num_samples if len(mean) == num_samples * M else 1
     zeta, std = torch.stack(zetas), second.float().sqrt_().view(batches, M, N)
     # Not the view of another tensor: what autograd gets from us must be free to be written to.
@@ -71,7 +71,7 @@ def _flip(tensor: Tensor, draw: Draw, role: int) -> Tensor:
     first, end = offset // 32, -(-(offset + columns) // 32)
     bits = torch.arange(32, dtype=torch.int32, device="cpu")
     negative = [
-        (words((rows, end - first), key[0], sample_after(key, index), (stream + role, 0, first))[..., None] >> bits) & 1
+        (words(rows, end - first, key[0], sample_after(key, index), (stream + role, 0, first))[..., None] >> bits) & 1
         for index in range(num_samples)
     ]
     signs = (

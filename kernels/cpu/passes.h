@@ -236,13 +236,16 @@ INLINE void flush(const Operand& operand, const Piece& piece, const float* resul
     }
 }
 
+INLINE uint32_t row_of_noise(const Problem& p, const Piece& piece) {
+    return (uint32_t)(p.row_offset + (p.noise_rows ? p.noise_rows[piece.row] : piece.row));
+}
+
 // The noise of a piece; the buffer has room for a group more.
 template <bool AS_WORDS = false>
 INLINE const float* draw(const Problem& p, const Piece& piece, float* buffer) {
     const int64_t column = p.column_offset + piece.first_column;
     const int shift = (int)(column % 4);
-    const uint32_t row = (uint32_t)(p.row_offset + piece.row), quad = (uint32_t)(column / 4);
-    draw_columns<AS_WORDS>(noise_of(p), row, quad, piece.padded + shift, buffer);
+    draw_columns<AS_WORDS>(noise_of(p), row_of_noise(p, piece), (uint32_t)(column / 4), piece.padded + shift, buffer);
     return buffer + shift;
 }
 
@@ -341,7 +344,20 @@ struct KlSum {
     Product sigmas, prior_sigmas;
 };
 
-// The noise itself, which tests compare with its definition.
+// Of a column c -1 if bit c % 32 of word c / 32 % 4 at the counter c / 128 is set, else 1.
+INLINE void write_signs(const Problem& p, const Piece& piece) {
+    uint32_t words[LONGEST / 32 + 8 + GROUP];  // of the counters that the columns begin and end in, and a group more
+    const int64_t column = p.column_offset + piece.first_column, first = column / 128;
+    const int needed = 4 * (int)((column + piece.columns - 1) / 128 - first + 1);
+    draw_columns<true>(noise_of(p), row_of_noise(p, piece), (uint32_t)first, needed, (float*)words);
+    float* signs = (float*)p.weight.data + piece.offset(p.weight);
+    for (int i = 0; i < piece.columns; i++) {
+        const uint32_t c = (uint32_t)(column - 128 * first) + i;
+        signs[i] = words[c / 32] >> c % 32 & 1 ? -1.0f : 1.0f;
+    }
+}
+
+// The noise itself.
 INLINE void write_noise(const Problem& p, const Piece& piece) {
     float buffer[LONGEST + GROUP];
     const float* noise = p.output == WORD ? draw<true>(p, piece, buffer) : draw(p, piece, buffer);
@@ -470,6 +486,10 @@ INLINE double backward_in_pieces(const Problem& p, int64_t row, int64_t first_co
 constexpr bool WITH_KL = true, WITHOUT_KL = false, SCALAR_PRIOR = true, TENSOR_PRIOR = false;
 
 double forward_pass(const Problem& p, int64_t row, int64_t first_column, int columns) {
+    if (p.output == SIGN) {
+        write_signs(p, Piece(row, first_column, columns));
+        return 0.0;
+    }
     if (p.output == NORMAL || p.output == WORD) {
         write_noise(p, Piece(row, first_column, columns));
         return 0.0;

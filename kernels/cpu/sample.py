@@ -19,11 +19,16 @@ class Parameter(NamedTuple):
 
 
 class Key(NamedTuple):
-    """Which noise a tensor has; the sample may be missing, for 0."""
+    """Which noise a tensor has; the sample may be missing, for 0.
+
+    Attributes:
+        rows: int64, of each of the tensor's rows the row of the noise; None for 0, 1, 2, ...
+    """
 
     seed: Tensor
     sample: Tensor | None
     address: Sequence[int]
+    rows: Tensor | None = None
 
 
 def make_problem(
@@ -61,14 +66,14 @@ def make_problem(
     grad_product = None if grad_product is None else _by_rows(grad_product)
     words = (
         *(columns, scalar_prior, *operand(mu), *operand(rho), *operand(prior_mu), *operand(prior_sigma)),
-        *(_NO_NOISE if key is None else (_address(key.seed), _address(key.sample), *key.address)),
+        *(_NO_NOISE if key is None else (*map(_address, key[:2]), *key.address, _address(key.rows))),
         *(_address(grad_kl), *operand(grad_product), *operand(grad_mu), *operand(grad_rho), accumulate),
     )
     tensors = (mu, rho, prior_mu, prior_sigma, grad_kl, grad_product, grad_mu, grad_rho)
-    return Problem(rows, words, tensors if key is None else (*tensors, *key[:2]))
+    return Problem(rows, words, tensors if key is None else (*tensors, *key[:2], key.rows))
 
 
-_NO_NOISE = (0, 0, 0, 0, 0)
+_NO_NOISE = (0, 0, 0, 0, 0, 0)
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -97,17 +102,35 @@ def sample_weight(
     return weight, kl_tensor(library().forward(problem, Output.WEIGHT, weight), mu, with_kl)
 
 
-def normal(shape: tuple[int, int], seed: Tensor, sample: Tensor | None, address: Sequence[int]) -> Tensor:
-    """eps, float32: `fusedbayes.noise.normal` to 1e-5."""
-    return _noise(torch.empty(shape, dtype=torch.float32, device="cpu"), Output.NORMAL, Key(seed, sample, address))
+def normal(
+    rows: Tensor | int,
+    columns: int,
+    seed: Tensor,
+    sample: Tensor | None,
+    address: Sequence[int],
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """eps of these rows, or of so many: `fusedbayes.noise.normal` to 1e-5."""
+    return _noise(Output.NORMAL, torch.float32, rows, columns, Key(seed, sample, address)).to(dtype)
 
 
-def words(shape: tuple[int, int], seed: Tensor, sample: Tensor | None, address: Sequence[int]) -> Tensor:
-    """The word of each column as int32, the bits of `fusedbayes.noise.philox_words`."""
-    return _noise(torch.empty(shape, dtype=torch.int32, device="cpu"), Output.WORD, Key(seed, sample, address))
+def signs(
+    rows: Tensor, columns: int, seed: Tensor, sample: Tensor | None, address: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    """Likewise `fusedbayes.noise.signs`."""
+    return _noise(Output.SIGN, torch.float32, rows, columns, Key(seed, sample, address)).to(dtype)
 
 
-def _noise(out: Tensor, kind: Output, key: Key) -> Tensor:
+def words(rows: Tensor | int, columns: int, seed: Tensor, sample: Tensor | None, address: Sequence[int]) -> Tensor:
+    """Likewise the word of each column as int32, the bits of `fusedbayes.noise.philox_words`."""
+    return _noise(Output.WORD, torch.int32, rows, columns, Key(seed, sample, address))
+
+
+def _noise(kind: Output, dtype: torch.dtype, rows: Tensor | int, columns: int, key: Key) -> Tensor:
+    count = rows.shape[0] if isinstance(rows, Tensor) else rows
+    out = torch.empty((count, columns), dtype=dtype, device="cpu")
+    if isinstance(rows, Tensor):
+        key = key._replace(rows=rows.contiguous())
     # Neither mean nor deviation is read.
     library().forward(make_problem(Parameter(out, out, None, None), key), kind, out)
     return out
