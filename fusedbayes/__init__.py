@@ -16,6 +16,8 @@ from fusedbayes.nn import (
     BayesLinear,
     BayesLSTM,
     BayesMultiheadAttention,
+    BayesRNN,
+    BayesTransposedLinear,
 )
 from fusedbayes.objective import ELBO, ElboOutput, kl_loss
 from fusedbayes.ops.backend import Backend, backend_info, use_reference
@@ -36,6 +38,8 @@ __all__ = [
     "BayesLSTM",
     "BayesLinear",
     "BayesMultiheadAttention",
+    "BayesRNN",
+    "BayesTransposedLinear",
     "ElboOutput",
     "Prediction",
     "__version__",

@@ -59,8 +59,8 @@ def check_foldable(model: nn.Module) -> None:
 
 
 def _is_sequential(module: nn.Module) -> bool:
-    kind = module.replaces if isinstance(module, BayesModule) else type(module)
-    return issubclass(kind, nn.RNNBase | nn.MultiheadAttention)
+    kind = getattr(module, "replaces", None) if isinstance(module, BayesModule) else type(module)
+    return kind is not None and issubclass(kind, nn.RNNBase | nn.MultiheadAttention)
 
 
 def fold(x: Any, num_samples: int) -> Any:

@@ -19,6 +19,7 @@ class Kind(NamedTuple):
         input: makes an input of a batch of at least two.
         linear: whether its output is linear in its random tensors, which then are all that its moments depend on.
         call: of a module on an input; returns one tensor, whose dimension 0 is the batch.
+        backend: of torch.compile, on the CPU with gradients.
     """
 
     layer: type[BayesModule]
@@ -26,6 +27,7 @@ class Kind(NamedTuple):
     input: Callable[[], Tensor]
     linear: bool = True
     call: Callable[[nn.Module, Tensor], Tensor] = lambda module, x: module(x)
+    backend: str = "aot_eager"
 
     def __str__(self) -> str:
         return self.layer.__name__
@@ -63,6 +65,11 @@ def convolution(spatial: tuple[int, ...], **arguments: Any) -> tuple[dict[str, A
     return channels | {"kernel_size": 3} | arguments, lambda: torch.randn(3, 4, *spatial)
 
 
+def recurrent(**arguments: Any) -> tuple[Any, ...]:
+    sizes = {"input_size": 3, "hidden_size": 2, "batch_first": True}
+    return sizes | arguments, lambda: torch.randn(3, 2, 3), False, lambda module, x: module(x)[0]
+
+
 KINDS = (
     Kind(fb.BayesLinear, {"in_features": 5, "out_features": 3}, lambda: torch.randn(4, 5)),
     Kind(fb.BayesConv1d, *convolution((7,), padding="same", padding_mode="circular", dilation=2)),
@@ -71,6 +78,17 @@ KINDS = (
     Kind(fb.BayesConvTranspose1d, *convolution((5,), stride=3, output_padding=2, dilation=2)),
     Kind(fb.BayesConvTranspose2d, *convolution((3, 4), stride=(2, 1), padding=1, output_padding=(1, 0), groups=2)),
     Kind(fb.BayesConvTranspose3d, *convolution((2, 3, 2), kernel_size=(1, 2, 2), bias=False)),
+    # Beyond "eager" torch 2.13 cannot compile its own LSTM of float32.
+    Kind(fb.BayesLSTM, *recurrent(bidirectional=True), backend="eager"),
+    Kind(fb.BayesGRU, *recurrent(bias=False)),
+    Kind(fb.BayesRNN, *recurrent(nonlinearity="relu")),
+    Kind(
+        fb.BayesMultiheadAttention,
+        {"embed_dim": 8, "num_heads": 2, "batch_first": True, "add_bias_kv": True},
+        lambda: torch.randn(3, 4, 8),
+        linear=False,
+        call=lambda module, x: module(x, x, x)[0],
+    ),
     Kind(
         fb.BayesEmbedding,
         {"num_embeddings": 7, "embedding_dim": 5, "padding_idx": 2},

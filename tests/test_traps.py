@@ -11,7 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
-from fusedbayes import ELBO, BayesLinear, frozen_sample, kl_loss, mean_mode, predict, to_bayesian
+from fusedbayes import (
+    ELBO,
+    BayesLinear,
+    BayesMultiheadAttention,
+    frozen_sample,
+    kl_loss,
+    mean_mode,
+    predict,
+    to_bayesian,
+)
 from fusedbayes.reference import ESTIMATORS
 
 
@@ -192,8 +201,8 @@ def test_conversion_of_the_root_module() -> None:
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_conversion_of_a_transformer(training: bool) -> None:
-    """Attention's output projection is replaced though it is never called, or torch's inference path crashes on
-    layers without a weight or goes past them.
+    """Attention is left out, or its output projection is replaced though it is never called, or torch's inference path
+    crashes on layers without a weight or goes past them.
     """
     layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
     model = nn.TransformerEncoder(layer, 2)
@@ -202,10 +211,12 @@ def test_conversion_of_a_transformer(training: bool) -> None:
     padding[1, 4:] = True
     expected = model(x, src_key_padding_mask=padding)
     attention = [layer.self_attn for layer in model.layers]
-    projections = [(a.out_proj, a.in_proj_weight) for a in attention]
+    means = [parameter for a in attention for parameter in a.parameters()]
     to_bayesian(model).train(training)
     assert [layer.self_attn for layer in model.layers] == attention
-    assert all(a.out_proj is p and a.in_proj_weight is w for a, (p, w) in zip(attention, projections, strict=True))
+    assert {type(a) for a in attention} == {BayesMultiheadAttention}
+    parameters = [p for a in attention for name, p in a.named_parameters() if name.endswith("_mu")]
+    assert all(p is mean for p, mean in zip(parameters, means, strict=True))
     with torch.no_grad():
         with mean_mode(model):
             # The same operations on the same numbers, unless the padding takes another way.

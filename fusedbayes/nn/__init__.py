@@ -10,19 +10,20 @@ from fusedbayes.nn.convolution import (
     BayesConvTranspose3d,
 )
 from fusedbayes.nn.embedding import BayesEmbedding
-from fusedbayes.nn.linear import BayesLinear
+from fusedbayes.nn.linear import BayesLinear, BayesTransposedLinear
 from fusedbayes.nn.module import BayesModule
 from fusedbayes.nn.random_tensor import RandomTensor
-from fusedbayes.nn.recurrent import BayesGRU, BayesLSTM
+from fusedbayes.nn.recurrent import BayesGRU, BayesLSTM, BayesRNN
 from fusedbayes.nn.traverse import VariationalParameter, bayes_modules, variational_parameters
 
-# Every layer: what `fusedbayes.to_bayesian` makes of the class that it replaces.
+# Every layer: what `fusedbayes.to_bayesian` makes of the class that it replaces, or of none as long as the library that
+# has the class is not imported.
 LAYERS: tuple[type[BayesModule], ...] = (
-    BayesLinear,
+    *(BayesLinear, BayesTransposedLinear),
     *(BayesConv1d, BayesConv2d, BayesConv3d),
     *(BayesConvTranspose1d, BayesConvTranspose2d, BayesConvTranspose3d),
     BayesEmbedding,
-    *(BayesLSTM, BayesGRU),
+    *(BayesLSTM, BayesGRU, BayesRNN),
     BayesMultiheadAttention,
 )
 
@@ -40,6 +41,8 @@ __all__ = [
     "BayesLinear",
     "BayesModule",
     "BayesMultiheadAttention",
+    "BayesRNN",
+    "BayesTransposedLinear",
     "RandomTensor",
     "VariationalParameter",
     "bayes_modules",

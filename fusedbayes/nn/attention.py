@@ -104,11 +104,8 @@ class BayesMultiheadAttention(BayesModule):
     ) -> tuple[Tensor, Tensor | None]:
         """torch's attention with these weights."""
         query, key, value, key_padding_mask, attn_mask = inputs
-        stand_in: Any = self.stand_in(
-            **dict.fromkeys(self.random_tensors) | self._configuration() | tensors,
-            out_proj=StandIn(weight=out["weight"], bias=out.get("bias")),
-            training=self.training,
-        )
+        out_proj = StandIn(None, weight=out["weight"], bias=out.get("bias"))
+        stand_in: Any = self.stand_in(self, **tensors, out_proj=out_proj)
         return stand_in.forward(
             query,
             key,
@@ -122,15 +119,18 @@ class BayesMultiheadAttention(BayesModule):
 
 
 def _batches(tensors: tuple[Tensor | None, ...], num_samples: int) -> list[tuple[Tensor | None, ...]]:
-    """Each Monte Carlo sample's part along dimension 0, of one mask for all batches the mask itself.
-
-    What was one tensor stays one: torch looks whether a query attends to itself.
-    """
+    """Each Monte Carlo sample's part along dimension 0; a mask for all batches is not taken apart."""
     if num_samples == 1:
         return [tensors]
-    parts: dict[int, list[Tensor]] = {
-        id(t): [t] * num_samples if t.dim() == 2 and index == 4 else list(t.tensor_split(num_samples))
-        for index, t in enumerate(tensors)
-        if t is not None
-    }
-    return [tuple(None if t is None else parts[id(t)][index] for t in tensors) for index in range(num_samples)]
+    query, key, value, key_padding_mask, attn_mask = tensors
+    queries = _split(query, num_samples)
+    # What was one tensor stays one: torch looks whether a sequence attends to itself.
+    keys = queries if key is query else _split(key, num_samples)
+    values = keys if value is key else _split(value, num_samples)
+    for_all = attn_mask is not None and attn_mask.dim() == 2
+    attn_masks = [attn_mask] * num_samples if for_all else _split(attn_mask, num_samples)
+    return list(zip(queries, keys, values, _split(key_padding_mask, num_samples), attn_masks, strict=True))
+
+
+def _split(tensor: Tensor | None, num_samples: int) -> list[Any]:
+    return [None] * num_samples if tensor is None else list(tensor.tensor_split(num_samples))

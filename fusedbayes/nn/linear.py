@@ -1,4 +1,7 @@
-"""The Bayesian counterpart of torch.nn.Linear."""
+"""The Bayesian counterparts of torch.nn.Linear, and of Hugging Face's Conv1D, which is one as well."""
+
+import sys
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +14,46 @@ from fusedbayes.nn.module import BayesModule
 from fusedbayes.reference import Estimator
 
 
-class BayesLinear(BayesModule):
+class _BayesLinearMap(BayesModule):
+    """What layers that multiply their input with one matrix share: the forward, with all estimators."""
+
+    def _oriented(self, tensors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Tensors of the weight, or 0-d ones, as (out_features, in_features)."""
+        return tensors
+
+    def forward(self, input: Tensor) -> Tensor:
+        draw = self._draw(input)
+        weight, bias = self._oriented(self.posterior("weight")), self.posterior("bias")
+        if draw is None:
+            return F.linear(check_linear(input, *weight, *bias), weight[0], bias[0])
+        same_input = False
+        has_bias = bias[0] is not None
+        with_kl = self._charges()
+        if not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and self._fold is not None:
+            # With gradients a checkpoint would not find the repetition again.
+            if (repeated := self._fold.repeated) is not None and repeated.is_(input):
+                input, same_input = repeated.batch, True
+        y, kl = functional.bayes_linear(
+            input,
+            *weight,
+            *bias,
+            weight_prior=self._oriented(self.prior("weight")),
+            bias_prior=self.prior("bias") if has_bias else None,
+            with_kl=with_kl,
+            seed=draw.seed,
+            sample=draw.sample,
+            weight_address=draw.addresses["weight"],
+            bias_address=draw.addresses["bias"],
+            num_samples=draw.num_samples,
+            same_input=same_input,
+            estimator=draw.estimator,
+        )
+        if kl is not None:
+            self._record_kl(kl)
+        return y
+
+
+class BayesLinear(_BayesLinearMap):
     """y = x W^T + b with W ~ N(weight_mu, softplus(weight_rho)^2), and likewise b: replaces `torch.nn.Linear`.
 
     Each forward draws its own weights, in training and in evaluation mode; the KL costs nothing unless it is asked for
@@ -87,33 +129,69 @@ class BayesLinear(BayesModule):
     def fan_in(self) -> int:
         return self.in_features
 
-    def forward(self, input: Tensor) -> Tensor:
-        draw = self._draw(input)
-        weight, bias = self.posterior("weight"), self.posterior("bias")
-        if draw is None:
-            return F.linear(check_linear(input, *weight, *bias), weight[0], bias[0])
-        same_input = False
-        has_bias = bias[0] is not None
-        with_kl = self._charges()
-        if not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and self._fold is not None:
-            # With gradients a checkpoint would not find the repetition again.
-            if (repeated := self._fold.repeated) is not None and repeated.is_(input):
-                input, same_input = repeated.batch, True
-        y, kl = functional.bayes_linear(
-            input,
-            *weight,
-            *bias,
-            weight_prior=self.prior("weight"),
-            bias_prior=self.prior("bias") if has_bias else None,
-            with_kl=with_kl,
-            seed=draw.seed,
-            sample=draw.sample,
-            weight_address=draw.addresses["weight"],
-            bias_address=draw.addresses["bias"],
-            num_samples=draw.num_samples,
-            same_input=same_input,
-            estimator=draw.estimator,
-        )
-        if kl is not None:
-            self._record_kl(kl)
-        return y
+
+class _Conv1D:
+    """Hugging Face's Conv1D, which whoever has such a layer has imported; importing it here would take seconds."""
+
+    def __get__(self, instance: object, owner: type) -> Any:
+        return getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+
+
+class BayesTransposedLinear(_BayesLinearMap):
+    """y = x W + b with a random W of shape (in_features, out_features): what GPT-2 is made of.
+
+    Replaces ``transformers.pytorch_utils.Conv1D``, which is a linear layer and no convolution (that is `BayesConv1d`).
+    Otherwise as `BayesLinear`, whose estimators, default scales and noise it has: W transposed is what a `BayesLinear`
+    draws of it.
+
+    Args:
+        nf, nx: numbers of outputs and inputs, in this order.
+        dtype, device and scales: as for `BayesLinear`.
+
+    Attributes:
+        weight_mu, weight_rho: (nx, nf) parameters.
+        bias_mu, bias_rho: (nf,) parameters.
+
+    Raises:
+        RuntimeError: transformers is not imported; the layer goes back to a class of it.
+        TypeError, ValueError: as `BayesLinear`.
+    """
+
+    replaces = _Conv1D()
+
+    nf: int
+    nx: int
+
+    @classmethod
+    def _blank(cls, nf: int, nx: int, dtype: torch.dtype | None = None) -> nn.Module:
+        sizes = check_count(nf, "nf"), check_count(nx, "nx")
+        with torch.device("meta"):
+            return cls._imported()(*sizes).to(dtype or torch.get_default_dtype())
+
+    @classmethod
+    def _imported(cls) -> type[nn.Module]:
+        if cls.replaces is None:
+            raise RuntimeError(f"{cls.__name__} replaces transformers.pytorch_utils.Conv1D: import transformers first")
+        return cls.replaces
+
+    @property
+    def fan_in(self) -> int:
+        return self.nx
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws the means as Conv1D does, N(0, 0.02^2) and 0 for the bias, and starts over."""
+        nn.init.normal_(self._tensor("weight_mu"), std=0.02)
+        nn.init.zeros_(self._tensor("bias_mu"))
+        self._reset_sigmas_and_priors()
+
+    def deterministic(self) -> nn.Module:
+        self._imported()
+        return super().deterministic()
+
+    def _oriented(self, tensors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        first, second = (tensor.t() for tensor in tensors)
+        return first, second
+
+    def _arguments_repr(self) -> str:
+        return f"nf={self.nf}, nx={self.nx}"

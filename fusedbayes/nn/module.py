@@ -96,9 +96,14 @@ class BayesModule(nn.Module):
         device = kwargs.pop("device", None)
         device = torch.get_default_device() if device is None else device
         # Nothing is drawn before everything is checked.
-        self._become(self.replaces(*args, device="meta", **kwargs), prior_mu, prior_sigma, sigma_init, estimator)
+        self._become(self._blank(*args, **kwargs), prior_mu, prior_sigma, sigma_init, estimator)
         self.to_empty(device=device)
         self.reset_parameters()
+
+    @classmethod
+    def _blank(cls, *args: Any, **kwargs: Any) -> nn.Module:
+        """A module of the class `replaces` with these arguments, on the meta device."""
+        return cls.replaces(*args, device="meta", **kwargs)
 
     @classmethod
     def of(
@@ -181,17 +186,13 @@ class BayesModule(nn.Module):
         """A module of the class `replaces` that computes with the means: its parameters are these, not copies."""
         module = self.replaces.__new__(self.replaces)
         nn.Module.__init__(module)
-        vars(module).update(self._configuration())
+        vars(module).update({k: v for k, v in configuration(self).items() if k not in self.own_attributes})
         for name in self.random_tensors:
             module.register_parameter(name, self._tensor(f"{name}_mu"))
         for name in self.parts:
             part: Any = self.get_submodule(name)
             module.add_module(name, part.deterministic())
         return module.train(self.training)
-
-    def _configuration(self) -> dict[str, Any]:
-        """The attributes that a module of the class `replaces` has besides those of every module."""
-        return {key: value for key, value in configuration(self).items() if key not in self.own_attributes}
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -328,6 +329,12 @@ class BayesModule(nn.Module):
         mu = self._tensor(f"{name}_mu")
         return None if mu is None else RandomTensor(type(self).__name__, name, mu)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.random_tensors:
+            # As a parameter of its own it would take part in nothing.
+            raise AttributeError(f"{name!r} of {type(self).__name__} is random: assign {name}_mu and {name}_rho")
+        super().__setattr__(name, value)
+
     def kl_loss(self) -> Tensor:
         """KL of the posterior from the prior, summed over the layer's parameters; see `fusedbayes.kl_loss`.
 
@@ -417,7 +424,10 @@ class BayesModule(nn.Module):
 
     def extra_repr(self) -> str:
         own = f"{self._prior_repr()}, estimator={self.estimator!r}"
-        return ", ".join(filter(None, (self.replaces.extra_repr(self), own)))
+        return ", ".join(filter(None, (self._arguments_repr(), own)))
+
+    def _arguments_repr(self) -> str:
+        return self.replaces.extra_repr(self)
 
     def _prior_repr(self) -> str:
         """N(mu, sigma) of the first random tensor's prior, or that it is given per weight."""

@@ -47,9 +47,18 @@ class RandomTensor:
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
         name = getattr(function, "__name__", str(function))
         given = (*args, *(kwargs or {}).values())
-        random = next((argument for argument in given if isinstance(argument, cls)), None)
-        hint = _HINT.format(name="weight" if random is None else random._name)
-        raise TypeError(f"{name} got {'a random tensor' if random is None else repr(random)}: {hint}")
+        nested = (item for value in given for item in (value if isinstance(value, list | tuple) else (value,)))
+        raise next(item for item in nested if isinstance(item, cls))._refusal(name)
+
+    def _refuse(self, other: Any) -> NoReturn:
+        raise self._refusal("an operator")
+
+    # Python's own error would not say why.
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
+    __truediv__ = __rtruediv__ = __matmul__ = __rmatmul__ = _refuse
+
+    def _refusal(self, function: str) -> TypeError:
+        return TypeError(f"{function} got {self!r}: {_HINT.format(name=self._name)}")
 
 
 _HINT = "its values are drawn when the layer is called; its mean is layer.{name}_mu"

@@ -14,9 +14,6 @@ from fusedbayes.reference import Estimator
 class _BayesRecurrent(BayesModule):
     """What the recurrent layers share: one draw of all weights for a whole sequence, then torch's own recurrence.
 
-    The draw is that of a forward, whatever the number of time steps, so the network is one function of time (Fortunato,
-    Blundell and Vinyals, "Bayesian recurrent neural networks", 2017, section 3; Gal and Ghahramani 2016 say why).
-
     The estimators "local" and "flipout" would draw anew at each time step, so "shared" is the only one.
     """
 
@@ -77,12 +74,8 @@ class _BayesRecurrent(BayesModule):
         weights = list(tensors.values())
         if weights[0].is_cuda:
             weights = _flattened(weights)
-        stand_in: Any = self.stand_in(
-            **self._configuration(),
-            training=self.training,
-            _flat_weights=weights,
-            _flat_weight_refs=[None] * len(weights),  # by these torch sees that none was replaced since
-        )
+        # By the references torch sees that none of the weights was replaced since.
+        stand_in: Any = self.stand_in(self, _flat_weights=weights, _flat_weight_refs=[None] * len(weights))
         return stand_in.forward(input, hx)
 
     def _samples_in(self, input: Any) -> int:
@@ -102,7 +95,7 @@ class BayesLSTM(_BayesRecurrent):
     are named as its parameters, ``weight_ih_l0`` and so on.
 
     The weights are drawn once for each forward, whatever the number of time steps: the layer is one function of time
-    (Fortunato, Blundell and Vinyals, "Bayesian recurrent neural networks", 2017, section 3). Therefore "shared" is the
+    (Fortunato, Blundell and Vinyals, "Bayesian recurrent neural networks", 2017). Therefore "shared" is the
     only estimator; where a model is asked for another, the layer keeps it. Scales are relative to
     1 / sqrt(hidden_size), as torch's initialisation.
 
@@ -120,6 +113,13 @@ class BayesGRU(_BayesRecurrent):
 
     replaces = nn.GRU
     stand_in = stand_in_for(nn.GRU)
+
+
+class BayesRNN(_BayesRecurrent):
+    """Replaces `torch.nn.RNN` as `BayesLSTM` does `torch.nn.LSTM`."""
+
+    replaces = nn.RNN
+    stand_in = stand_in_for(nn.RNN)
 
 
 def _split(hx: Any, num_samples: int) -> list[Any]:

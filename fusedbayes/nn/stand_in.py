@@ -7,15 +7,20 @@ from torch import nn
 
 
 class StandIn:
-    """Stands in for a module of a class while one forward runs, with whatever attributes it is given.
+    """Stands in for a module while one forward runs: `module`, but for the attributes that are given.
 
     Made for that forward alone: a module whose parameters were swapped for drawn tensors would show them to every
     thread that runs it meanwhile, and to the replicas of nn.DataParallel.
     """
 
-    def __init__(self, **attributes: Any) -> None:
+    def __init__(self, module: nn.Module | None, **attributes: Any) -> None:
+        self._module = module
         for name, value in attributes.items():
             setattr(self, name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        # Of what was not given.
+        return getattr(self._module, name)
 
 
 def stand_in_for(module_class: type[nn.Module]) -> type[StandIn]:
