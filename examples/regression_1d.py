@@ -132,18 +132,19 @@ def evaluate(model: nn.Sequential, data: Data, estimator: Estimator, seconds: fl
 
 def plot(evaluations: list[Evaluation], data: Data, path: Path) -> None:
     figure, all_axes = plt.subplots(1, len(evaluations), figsize=(13, 4.6), sharey=True, layout="constrained")
-    x, x_train, y_train = (t.flatten().cpu() for t in (data.grid, data.x_train, data.y_train))
+    drawn = (data.grid, function(data.grid), data.x_train, data.y_train)
+    x, truth, x_train, y_train = (t.flatten().cpu().numpy() for t in drawn)
     for axes, evaluation in zip(all_axes, evaluations, strict=True):
         curves = evaluation.curves
-        mean = curves.mean.flatten()
+        mean = curves.mean.flatten().numpy()
         bands = ((curves.std(NOISE_SIGMA), 0.15, "2 std, with noise"), (curves.epistemic_std, 0.35, "2 std, epistemic"))
         for std, alpha, label in bands:
-            half = 2.0 * std.flatten()
+            half = 2.0 * std.flatten().numpy()
             axes.fill_between(x, mean - half, mean + half, color=BLUE, alpha=alpha, linewidth=0, label=label)
-        lines = axes.plot(x, evaluation.draws.squeeze(-1).T, color=ORANGE, linewidth=0.9, alpha=0.9)
+        lines = axes.plot(x, evaluation.draws.squeeze(-1).T.numpy(), color=ORANGE, linewidth=0.9, alpha=0.9)
         lines[0].set_label("draws of the function")
         axes.plot(x, mean, color=BLUE, linewidth=2.2, label="mean")
-        axes.plot(x, function(x), color="black", linestyle="--", linewidth=1.2, label="truth")
+        axes.plot(x, truth, color="black", linestyle="--", linewidth=1.2, label="truth")
         axes.scatter(x_train, y_train, s=7, color="0.25", linewidth=0, zorder=3, label="data")
         axes.set_title(f'estimator="{evaluation.estimator}"', fontsize=14)
         axes.set_xlabel("x", fontsize=13)
