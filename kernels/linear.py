@@ -31,6 +31,15 @@ from fusedbayes.kernels.sums import add_parts, arrive_last, new_splits, new_tota
 from fusedbayes.kernels.tile_kl import open_charge, total_kl
 
 
+@triton.jit
+def _store_tile(y_ptr, y, rows, batch, M, N):
+    """Stores y^T (BLOCK_N, BLOCK_M) in (M, N), from its first element on."""
+    in_bounds = (rows < N)[:, None] & (batch < M)[None, :]
+    # 32-bit offsets within the tile: of a large one, 64-bit addresses would not fit the registers.
+    offsets = tl.arange(0, y.shape[1])[None, :] * N + tl.arange(0, y.shape[0])[:, None]
+    tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=in_bounds)
+
+
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _linear_forward_kernel(
     y_ptr,  # (num_samples, M, N) row-major; of a pair of products (splits, 2, num_samples, M, N) fp32
@@ -135,8 +144,7 @@ def _linear_forward_kernel(
     kl_part = 0.0
     if kl is not None:
         kl_part = total_kl(kl_sums, charge)
-    tile, number = tile_m * tl.num_programs(0) + tl.program_id(0), tl.num_programs(1)
-    tiles_of_y = tl.num_programs(0) * tl.num_programs(2) * PRODUCTS
+    tile, tiles = tile_m * tl.num_programs(0) + tl.program_id(0), tl.num_programs(0) * tl.num_programs(2)
     sums, starts = (), ()
     for i in tl.static_range(PRODUCTS):
         product, index, plane = products[i], first_sample, (split.to(tl.int64) * PRODUCTS + i) * num_samples
@@ -150,22 +158,18 @@ def _linear_forward_kernel(
                 product += b[:, None]
                 if i == 0:
                     kl_part += bias_kl
-        if splits is not None:
-            store_part(product, splits, split, tile * PRODUCTS + i, tiles_of_y)
-        sums += (product,)
-        starts += (((plane + index) * M + first_batch) * N + first_row,)
-    last = True
+        start = ((plane + index) * M + first_batch) * N + first_row
+        if splits is None:
+            _store_tile(y_ptr + start, product, rows, batch, M, N)
+        else:
+            store_part(product, splits, split, tile * PRODUCTS + i, tiles * PRODUCTS)
+            sums += (product,)
+            starts += (start,)
     if splits is not None:
-        last = arrive_last(splits.counters + 1 + tile, number)
-    if last:
-        in_bounds = (rows < N)[:, None] & (batch < M)[None, :]
-        # 32-bit offsets within the tile: of a large one, 64-bit addresses would not fit the registers.
-        y_offsets = tl.arange(0, BLOCK_M)[None, :] * N + tl.arange(0, BLOCK_N)[:, None]
-        for i in tl.static_range(PRODUCTS):
-            y = sums[i]
-            if splits is not None:
-                y = add_parts(y, splits, split, number, tile * PRODUCTS + i, tiles_of_y)
-            tl.store(y_ptr + starts[i] + y_offsets, y.to(y_ptr.dtype.element_ty), mask=in_bounds)
+        if arrive_last(splits.counters + 1 + tile, tl.num_programs(1)):
+            for i in tl.static_range(PRODUCTS):
+                y = add_parts(sums[i], splits, split, tl.num_programs(1), tile * PRODUCTS + i, tiles * PRODUCTS)
+                _store_tile(y_ptr + starts[i], y, rows, batch, M, N)
     if kl is not None:
         if (tile_m == 0) & (first_sample == 0):
             tiles_n = tl.cdiv(N, BLOCK_N)
