@@ -22,14 +22,23 @@ from fusedbayes.kernels.launch import (
     with_near_rows,
 )
 from fusedbayes.kernels.linear_step import Tiles, step
+from fusedbayes.kernels.linear_two_passes import linear_in_two_passes
 from fusedbayes.kernels.noise import Noise, load_key
 from fusedbayes.kernels.parameter import gaussian
-from fusedbayes.kernels.sample import sample_layer
-from fusedbayes.kernels.second_operands import second_operands
 from fusedbayes.kernels.select import select_config
-from fusedbayes.kernels.streams import batch_of, sample_after
 from fusedbayes.kernels.sums import add_parts, arrive_last, new_splits, new_total, store_part, sum_in_order, value_of
 from fusedbayes.kernels.tile_kl import open_charge, total_kl
+
+
+@triton.jit
+def _store_tile(y_ptr, y, rows, batch, M, N, EVEN_N: tl.constexpr):
+    """Stores y^T (BLOCK_N, BLOCK_M) in (M, N), from its first element on."""
+    in_bounds = (batch < M)[None, :]
+    if not EVEN_N:
+        in_bounds = in_bounds & (rows < N)[:, None]
+    # 32-bit offsets within the tile: of a large one, 64-bit addresses would not fit the registers.
+    offsets = tl.arange(0, y.shape[1])[None, :] * N + tl.arange(0, y.shape[0])[:, None]
+    tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=in_bounds)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -144,8 +153,7 @@ def _linear_forward_kernel(
     kl_part = 0.0
     if kl is not None:
         kl_part = total_kl(kl_sums, charge)
-    tile, number = tile_m * tl.num_programs(0) + tl.program_id(0), tl.num_programs(1)
-    tiles_of_y = tl.num_programs(0) * tl.num_programs(2) * PRODUCTS
+    tile, tiles = tile_m * tl.num_programs(0) + tl.program_id(0), tl.num_programs(0) * tl.num_programs(2)
     sums, starts = (), ()
     for i in tl.static_range(PRODUCTS):
         product, index, plane = products[i], first_sample, (split.to(tl.int64) * PRODUCTS + i) * num_samples
@@ -159,24 +167,18 @@ def _linear_forward_kernel(
                 product += b[:, None]
                 if i == 0:
                     kl_part += bias_kl
-        if splits is not None:
-            store_part(product, splits, split, tile * PRODUCTS + i, tiles_of_y)
-        sums += (product,)
-        starts += (((plane + index) * M + first_batch) * N + first_row,)
-    last = True
+        start = ((plane + index) * M + first_batch) * N + first_row
+        if splits is None:
+            _store_tile(y_ptr + start, product, rows, batch, M, N, EVEN_N)
+        else:
+            store_part(product, splits, split, tile * PRODUCTS + i, tiles * PRODUCTS)
+            sums += (product,)
+            starts += (start,)
     if splits is not None:
-        last = arrive_last(splits.counters + 1 + tile, number)
-    if last:
-        in_bounds = (batch < M)[None, :]
-        if not EVEN_N:
-            in_bounds = in_bounds & (rows < N)[:, None]
-        # 32-bit offsets within the tile: of a large one, 64-bit addresses would not fit the registers.
-        y_offsets = tl.arange(0, BLOCK_M)[None, :] * N + tl.arange(0, BLOCK_N)[:, None]
-        for i in tl.static_range(PRODUCTS):
-            y = sums[i]
-            if splits is not None:
-                y = add_parts(y, splits, split, number, tile * PRODUCTS + i, tiles_of_y)
-            tl.store(y_ptr + starts[i] + y_offsets, y.to(y_ptr.dtype.element_ty), mask=in_bounds)
+        if arrive_last(splits.counters + 1 + tile, tl.num_programs(1)):
+            for i in tl.static_range(PRODUCTS):
+                y = add_parts(sums[i], splits, split, tl.num_programs(1), tile * PRODUCTS + i, tiles * PRODUCTS)
+                _store_tile(y_ptr + starts[i], y, rows, batch, M, N, EVEN_N)
     if kl is not None:
         if (tile_m == 0) & (first_sample == 0):
             tiles_n = tl.cdiv(N, BLOCK_N)
@@ -258,56 +260,6 @@ def _single_pass(
     return y, value_of(kl, x), x.new_empty(0, num_samples)
 
 
-def _in_two_passes(
-    x: Tensor,
-    weight: Parameter,
-    bias: Sequence[Tensor | None],
-    key: tuple[Tensor, Tensor | None],
-    addresses: tuple[Sequence[int], Sequence[int]],
-    num_samples: int,
-    same_input: bool,
-    estimator: str,
-    with_kl: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Samples what is multiplied, once for each Monte Carlo sample, and has the library multiply."""
-    rows = num_samples * x.shape[0] if same_input else x.shape[0]
-    if same_input and estimator != "local":  # whose products are the same for all samples
-        x = x.repeat(num_samples, 1)
-    y, mu, bias_mu = x.new_empty(rows, weight[0].shape[0]), weight[0], bias[0]
-    first, second, second_x, pair = y, y, x, estimator != "shared"
-    batches = 1 if estimator == "local" else num_samples
-    if pair:
-        second_x, _ = second_operands(x, None, None, key, addresses[0], batches, estimator)
-        shape = x.shape[0], y.shape[1]
-        first, second, mu = x.new_empty(shape), second_x.new_empty(shape), mu.to(x.dtype)
-    total = None
-    for index in range(batches):
-        drawn = key[0], sample_after(key, index)
-        charged = with_kl and index == 0
-        sampled, sampled_bias, kl = sample_layer(weight, bias, drawn, addresses, second_x.dtype, charged, estimator)
-        assert sampled is not None
-        total = kl if total is None else total
-        of_second, of_mean = sampled_bias, bias_mu
-        if estimator == "flipout":
-            of_second, of_mean = None, sampled_bias
-        out, operand = batch_of(second, index, batches), batch_of(second_x, index, batches)
-        _multiply(out, operand, sampled, of_second)
-        if pair:
-            _multiply(batch_of(first, index, batches), batch_of(x, index, batches), mu, of_mean)
-    assert total is not None
-    if not pair:
-        return y, total, x.new_empty(0, num_samples)
-    return y, total, combine(y, first[None], second[None], key, addresses[0], num_samples, estimator)
-
-
-def _multiply(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Out = x W^T + b."""
-    if bias is None:
-        torch.mm(x, weight.t(), out=out)
-    else:
-        torch.addmm(bias.to(out.dtype), x, weight.t(), out=out)
-
-
 def bayes_linear(
     x: Tensor,
     weight_mu: Tensor,
@@ -340,4 +292,4 @@ def bayes_linear(
     aligned = weight_address[2] % (config.block_k if estimator == "flipout" else 4) == 0
     if config.single_pass and fits("forward", config, shape) and aligned:
         return _single_pass(x, weight, bias, key, addresses, num_samples, same_input, estimator, with_kl, config)
-    return _in_two_passes(x, weight, bias, key, addresses, num_samples, same_input, estimator, with_kl)
+    return linear_in_two_passes(x, weight, bias, key, addresses, num_samples, same_input, estimator, with_kl)

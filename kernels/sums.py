@@ -56,7 +56,7 @@ def new_splits(like: Tensor, splits: int, tiles: int, elements: int, threads: in
     """For a launch on the device of `like`: so many tiles, each of a program's threads."""
     parts = like.new_empty((splits, tiles, elements), dtype=torch.float32)
     # Registers are what limits it, beside those of the sum and of the program's own part.
-    return Splits(parts, arrival_counters(like, 1 + tiles), tl.constexpr(1 + 32 * threads // elements))
+    return Splits(parts, arrival_counters(like, 1 + tiles), tl.constexpr(1 + 16 * threads // elements))
 
 
 def new_total(like: Tensor, parts: int, counters: Tensor | None = None) -> Total:

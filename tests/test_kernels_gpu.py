@@ -151,6 +151,33 @@ def test_cuda_graph_draws_fresh_noise_at_each_replay() -> None:
         assert all(not torch.equal(y, other) for other, *_ in replays[:index])
 
 
+def test_a_split_sum_repeats_on_every_stream_and_in_a_graph() -> None:
+    shape = 64, 256, 4096
+    assert kernels.select_config("forward", shape, torch.bfloat16, torch.cuda.get_device_capability()).splits > 1
+    problem = make_problem(shape, dtype=torch.bfloat16).to("cuda")
+
+    def run() -> tuple[Tensor, ...]:
+        return kernels.bayes_linear(*problem.forward)[:2]
+
+    expected = run()
+    torch.cuda.synchronize()
+    streams, results = [torch.cuda.Stream() for _ in range(4)], []
+    for stream in 8 * streams:  # at once
+        with torch.cuda.stream(stream):
+            results.append(run())
+    results += [run() for _ in range(8)]
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for _ in range(3):
+        for result in captured:
+            result.zero_()
+        graph.replay()
+        results.append(tuple(result.clone() for result in captured))
+    assert all(torch.equal(a, b) for result in results for a, b in zip(result, expected, strict=True))
+
+
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")
 def test_a_training_step_does_not_wait_for_the_device() -> None:
     layer = BayesLinear(64, 48, device="cuda")
