@@ -144,7 +144,9 @@ def _linear_forward_kernel(
     kl_part = 0.0
     if kl is not None:
         kl_part = total_kl(kl_sums, charge)
-    in_bounds = (rows < N)[:, None] & (batch < M)[None, :]
+    in_bounds = (batch < M)[None, :]
+    if not EVEN_N:
+        in_bounds = in_bounds & (rows < N)[:, None]
     # 32-bit offsets within the tile: of a large one, 64-bit addresses would not fit the registers.
     y_offsets = tl.arange(0, BLOCK_M)[None, :] * N + tl.arange(0, BLOCK_N)[:, None]
     for i in tl.static_range(PRODUCTS):

@@ -92,12 +92,12 @@ def step(
         for i in tl.static_range(len(products)):
             # What is beyond the last sample repeats it: drawn, multiplied, and stored alike.
             sample = tl.minimum(tiles.first + i, tiles.last)
-            x_ptr, x_offsets = tiles.x_ptr + sample * tiles.stride_xs, tiles.x_offsets
             if IN_FRAGMENTS:
                 # As with mu and rho: the loads are small, and a 64-bit pointer of each sample would have to move on.
-                x_offsets += first * tiles.stride_xk
+                x_ptr, x_offsets = tiles.x_ptr + sample * tiles.stride_xs, tiles.x_offsets + first * tiles.stride_xk
             else:
-                x_ptr += tl.cast(first, tl.int64) * tiles.stride_xk
+                x_ptr = tiles.x_ptr + tl.cast(first, tl.int64) * tiles.stride_xk + sample * tiles.stride_xs
+                x_offsets = tiles.x_offsets
             x = load_elements(x_ptr, x_offsets, x_exist, 0.0)
             index = noise.sample + sample
             if len(products) > 1:

@@ -64,17 +64,20 @@ def load_key(seed_ptr, sample_ptr):
 def _box_muller(radius_word, angle_word, IN_ROOTS: tl.constexpr):
     """Two standard normals of two words: u = x0 2^-32 + 2^-33, theta = pi int32(x1) 2^-31, z = r (cos, sin) theta.
 
-    r^2 = -2 ln 2 lg u. Near u = 1 the hardware's logarithm may be wrong by more than itself, but there -lg u is nearly
-    proportional to 1 - u: take the larger of that line and of the logarithm of a u that is larger by a factor WIDER,
-    which lowers it by more than its largest error, 2^-22. The line's slope balances the errors of r on both sides of
-    where they cross, u = 0.9982: 6.8e-6 (docs/kernels.md). IN_ROOTS: z / ROOT, one multiplication less.
+    r^2 = -2 ln u. Near u = 1 the hardware's logarithm may be wrong by more than r^2 itself, but there r^2 is nearly
+    2 (1 - u): take the larger of that line and of the logarithm less its largest error, 2 ln 2 2^-22. The line's slope
+    balances the errors of r on both sides of where they cross, u = 0.9984: 5.8e-6 (docs/kernels.md).
+
+    IN_ROOTS: z / ROOT, an instruction less. A larger u lowers the logarithm; both terms are multiply-adds of the word,
+    the line without the 2^-33, which is rounded away where it counts. 6.8e-6.
     """
     word = radius_word.to(tl.float32)
-    # The line can do without the 2^-33: where it counts, that is rounded away.
-    line = scaled_difference(SLOPE, UNIT, word)
-    squared = tl.maximum(negative(log2(word * (UNIT * WIDER) + 0.5 * UNIT)), line)
-    if not IN_ROOTS:
-        squared *= ROOT * ROOT
+    if IN_ROOTS:
+        logarithm = negative(log2(word * (UNIT * WIDER) + 0.5 * UNIT))
+        squared = tl.maximum(logarithm, scaled_difference(SLOPE, UNIT, word))
+    else:
+        u = word * UNIT + 0.5 * UNIT
+        squared = tl.maximum(log2(u) * (-ROOT * ROOT) - 3.31e-7, scaled_difference(2.0012, 1.0, u))
     theta = angle_word.to(tl.int32, bitcast=True).to(tl.float32) * 1.4629180792671596e-09  # pi 2^-31
     radius = sqrt(squared)
     return radius * cos(theta), radius * sin(theta)
