@@ -77,7 +77,7 @@ OF_ESTIMATOR: Mapping[tuple[str, str], Mapping[int, Budget]] = MappingProxyType(
         ),
     }
 )
-FURTHER_SAMPLE = 22.0  # instructions per weight of each Monte Carlo sample beyond the first
+FURTHER_SAMPLE = 20.5  # instructions per weight of each Monte Carlo sample beyond the first
 IN_TURN_SAMPLE = MappingProxyType({80: 60.5, 90: 61.5, 100: 64.0})
 LEAST_SPECIAL = 2.0  # a logarithm, a root, a sine and a cosine make two normals; with fewer something is missing
 SHARED_MEMORY = MappingProxyType({80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024})  # bytes that a program may have
