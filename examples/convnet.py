@@ -96,9 +96,10 @@ def plot(evaluations: list[Evaluation], digit: Tensor, path: Path) -> None:
         height_ratios=[1, 3.4],
         layout="constrained",
     )
-    strip = torch.cat([rotate(digit[None], angle).view(SIDE, SIDE) for angle in ANGLES], dim=1)
+    framed = [F.pad(rotate(digit[None], angle).view(SIDE, SIDE), (1, 1)) for angle in ANGLES]
+    strip, step = torch.cat(framed, dim=1), SIDE + 2
     panels["digit"].imshow(strip.cpu().numpy(), cmap="gray_r")
-    panels["digit"].set_xticks([SIDE * (i + 0.5) - 0.5 for i in range(len(ANGLES))], [f"{a}°" for a in ANGLES])
+    panels["digit"].set_xticks([step * (i + 0.5) - 0.5 for i in range(len(ANGLES))], [f"{a}°" for a in ANGLES])
     panels["digit"].set_yticks([])
     panels["digit"].tick_params(length=0)
     titles = {
