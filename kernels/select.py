@@ -76,8 +76,8 @@ def select_config(
         config = _with_samples(config, K, num_samples, arithmetic, architecture)
     crowded = architecture >= 100 or (pair and architecture < 90)
     if crowded and kernel == "forward" and config.block_m == 64 and K % config.block_k != 0:
-        # With priors that are loaded a masked last step of 64 columns would spill.
-        config = replace(config, block_k=32)
+        # With priors that are loaded a masked last step of 64 columns would spill, and one of 32 with two stages.
+        config = replace(config, block_k=32, num_stages=3)
     multiprocessors = _latest(MULTIPROCESSORS, architecture)
     few_tiles = triton.cdiv(N, config.block_n) * triton.cdiv(K, config.block_k) < multiprocessors
     if kernel == "backward_weight" and few_tiles and num_samples == 1 and M % config.block_m == 0:
