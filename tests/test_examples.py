@@ -14,6 +14,7 @@ EXAMPLES: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("regression_1d", ("--steps=3",), ("regression-1d.png",)),
     ("convnet", ("--epochs=1", "--samples=2"), ("convnet.png",)),
     ("transformer", ("--steps=3", "--samples=2"), ("transformer.png",)),
+    ("pruning", ("--epochs=1", "--networks=1"), ("pruning.png",)),
 )
 
 
