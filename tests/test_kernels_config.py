@@ -1,6 +1,7 @@
 """Launch configurations: a pure function of the problem, and tiles that Triton can compile."""
 
 import pickle
+import pkgutil
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fusedbayes import kernels
 from fusedbayes.kernels import MatmulConfig, TileConfig, select_config, select_tile_config
 
 sizes = st.one_of(st.integers(0, 300), st.sampled_from([2**k + d for k in range(9, 24) for d in (-1, 0, 1)]))
@@ -105,3 +107,8 @@ def test_what_32_bits_cannot_address_is_sampled_once(kernel: Any) -> None:
 def test_results_that_32_bits_cannot_address_are_sampled_once(kernel: Any, sizes: tuple[int, int]) -> None:
     assert select_config(kernel, (128, *sizes), torch.bfloat16, (9, 0)).single_pass
     assert not select_config(kernel, (256, *sizes), torch.bfloat16, (9, 0)).single_pass
+
+
+def test_no_launcher_is_hidden_by_a_module_of_its_name() -> None:
+    """An import of the module would take the launcher's place in the package, wherever it comes from."""
+    assert not {module.name for module in pkgutil.iter_modules(kernels.__path__)} & set(kernels.__all__)
