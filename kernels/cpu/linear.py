@@ -110,21 +110,21 @@ def bayes_linear(
     if bias_mu is not None and bias_rho is not None:
         bias = Parameter(bias_mu, bias_rho, bias_prior_mu, bias_prior_sigma)
     layer = _Layer(weight, bias, seed, sample, weight_address, bias_address, num_samples, estimator)
-    draw = layer.draw(x.shape[0] if same_input else x.shape[0] // num_samples)
+    M, (N, K) = x.shape[0] if same_input else x.shape[0] // num_samples, weight_mu.shape
     if same_input and estimator == "flipout":  # which gives each sample's rows other signs
         x = x.repeat(num_samples, 1)
-    (N, K), total = weight_mu.shape, x.shape[0] if estimator == "local" else num_samples * draw.rows
+    total = x.shape[0] if estimator == "local" else num_samples * M
     batches = layer.batches(total)
     keys = [Key(seed, batch.sample, weight_address) for batch in batches]
     problems = [make_problem(weight, key, with_kl=with_kl and not index) for index, key in enumerate(keys)]
     kl, drawn = _draw_bias(layer, batches, x.dtype, with_kl)
-    second_x, _ = second_operands(x, None, None, draw, estimator)
+    second_x = x if estimator == "shared" else second_operands(x, None, None, layer.draw(M), estimator)[0]
     product = x.new_empty(total, N)
     for columns in _blocks(N, K):
         sampled = _workspace.block(columns.stop - columns.start, K, x.dtype)
         for (rows, _), problem, b in zip(batches, problems, drawn, strict=True):
             kl += library().forward(problem, layer.output, sampled, columns)
-            operand = second_x if len(second_x) == rows.stop - rows.start else second_x[rows]
+            operand = second_x if second_x.shape[0] == rows.stop - rows.start else second_x[rows]
             out = _part(_part(product, 0, rows), 1, columns)
             if b is None or estimator == "flipout":
                 torch.mm(operand, sampled.t(), out=out)
@@ -137,7 +137,7 @@ def bayes_linear(
     for (rows, _), b in zip(batches, drawn, strict=True):
         if b is not None and bias_mu is not None:
             _part(mean, 0, rows).add_(b if estimator == "flipout" else bias_mu)
-    y, slope = combine(mean, product, draw, estimator)
+    y, slope = combine(mean, product, layer.draw(M), estimator)
     return y, charge, slope
 
 
@@ -184,21 +184,33 @@ def bayes_linear_backward(
     if bias_mu is not None and bias_rho is not None:
         bias = Parameter(bias_mu, bias_rho, bias_prior_mu, bias_prior_sigma)
     layer = _Layer(weight, bias, seed, sample, weight_address, bias_address, num_samples, estimator)
-    batches, draw = layer.batches(x.shape[0]), layer.draw(x.shape[0] // num_samples)
-    second_x, second_grad = second_operands(x, grad_y, slope, draw, estimator)
+    batches, pair = layer.batches(x.shape[0]), estimator != "shared"
+    second_x, second_grad = x, grad_y
+    if pair:
+        draw = layer.draw(x.shape[0] // num_samples)
+        second_x, second_grad = second_operands(x, grad_y, slope, draw, estimator)
     assert second_grad is not None
     activations = _Activations(x, grad_y, second_x, second_grad)
-    grad_x = grad_y.new_empty(x.shape if needs_x else 0)
-    grads, bias_grads = ((weight_mu.new_empty(0), weight_mu.new_empty(0)) for _ in range(2))
-    if needs_weight:
-        grads = _accumulators(weight, len(batches))
-    _pass(layer, batches, activations, grad_kl, grad_x if needs_x else None, grads if needs_weight else None)
-    if needs_x and estimator != "shared":
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_x else None
+    grads = _accumulators(weight, len(batches)) if needs_weight else None
+    _pass(layer, batches, activations, grad_kl, grad_x, grads)
+    if grad_x is not None and pair:
         grad_x = input_gradient(grad_y, grad_x, x, weight_mu, draw, estimator)
+    bias_grads = None
     if needs_weight and bias is not None:
         bias_grads = _bias_gradients(layer, bias, batches, activations, grad_kl)
-    dmu, drho, dmu_bias, drho_bias = (g.to(weight_mu.dtype) for g in (*grads, *bias_grads))
-    return grad_x, dmu, drho, dmu_bias, drho_bias
+    return (
+        grad_y.new_empty(0) if grad_x is None else grad_x,
+        *_rounded(grads, weight_mu),
+        *_rounded(bias_grads, weight_mu),
+    )
+
+
+def _rounded(grads: tuple[Tensor, Tensor] | None, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients in the dtype of the parameters; those that are not there have no element."""
+    if grads is None:
+        return like.new_empty(0), like.new_empty(0)
+    return grads if grads[0].dtype == like.dtype else (grads[0].to(like.dtype), grads[1].to(like.dtype))
 
 
 class _Activations(NamedTuple):
@@ -212,9 +224,10 @@ class _Activations(NamedTuple):
 
 def _accumulators(parameter: Parameter, batches: int) -> tuple[Tensor, Tensor]:
     """Where dmu and drho are written; in fp32 if several batches add to them."""
-    dtype = parameter.mu.dtype if batches == 1 else torch.float32
-    mu, rho = parameter.mu, parameter.rho
-    return mu.new_empty(mu.shape, dtype=dtype), rho.new_empty(rho.shape, dtype=dtype)
+    options: dict[str, Any] = {"memory_format": torch.contiguous_format}
+    if batches > 1:
+        options["dtype"] = torch.float32
+    return torch.empty_like(parameter.mu, **options), torch.empty_like(parameter.rho, **options)
 
 
 def _pass(
@@ -228,15 +241,25 @@ def _pass(
     """Fills dmu and drho, and grad_x with the gradient by `second_x`, as far as they are given."""
     x, grad_y, second_x, second_grad = activations
     (N, K), weight, pair = layer.weight.mu.shape, layer.weight, layer.estimator != "shared"
-    product: Tensor | None = None
-    options: list[dict[str, Any]] = [{} for _ in batches]
-    if grads is not None:
-        # dmu takes the place of dY^T X: the C++ reads an element before it writes it.
-        product = grads[0] if grads[0].dtype == x.dtype else x.new_empty(N, K)
-        options = [{"grad_mu": grads[0], "grad_rho": grads[1], "accumulate": True} for _ in batches]
-        options[0] |= {"grad_kl": grad_kl, "grad_product": product, "accumulate": False}
-    keys = [Key(layer.seed, batch.sample, layer.weight_address) for batch in batches]
-    problems = [make_problem(weight, key, **option) for key, option in zip(keys, options, strict=True)]
+    grad_mu, grad_rho = (None, None) if grads is None else grads
+    product = grad_mu
+    if product is None:
+        grad_kl = None
+    elif product.dtype != x.dtype:
+        # Else dmu takes the place of dY^T X: the C++ reads an element before it writes it.
+        product = x.new_empty(N, K)
+    problems = [
+        make_problem(
+            weight,
+            Key(layer.seed, batch.sample, layer.weight_address),
+            grad_kl=None if index else grad_kl,
+            grad_product=None if index else product,
+            grad_mu=grad_mu,
+            grad_rho=grad_rho,
+            accumulate=index > 0,
+        )
+        for index, batch in enumerate(batches)
+    ]
     charged = slice(0, x.shape[0]) if pair else batches[0].rows
     # Sums of many blocks' products must not be rounded to 16 bits in between: one block then.
     for columns in _blocks(N, K) if grad_y.dtype == torch.float32 else (slice(0, N),):

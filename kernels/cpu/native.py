@@ -59,8 +59,8 @@ def operand(tensor: torch.Tensor | None, first_row: int = 0) -> tuple[int, ...]:
     if tensor is None:
         return ABSENT
     strides = tensor.stride()
-    row_and_column = strides if len(strides) == 2 else (0, *strides) if strides else (0, 0)
-    return tensor.data_ptr(), _TYPES[tensor.dtype], *row_and_column, first_row
+    row, column = strides if len(strides) == 2 else (0, *strides) if strides else (0, 0)
+    return tensor.data_ptr(), _TYPES[tensor.dtype], row, column, first_row
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedbayes.kernels.cpu.native import Output, Problem, library, operand
+from fusedbayes.kernels.cpu.native import ABSENT, Output, Problem, library, operand
 
 
 class Parameter(NamedTuple):
@@ -56,7 +56,8 @@ def make_problem(
         mixture: a scale mixture that is the prior instead, as `mixture.prepared`.
     """
     mu, rho, prior_mu, prior_sigma = parameter
-    rows, columns = mu.shape if mu.dim() == 2 else (1, mu.numel())
+    shape = mu.shape
+    rows, columns = shape if len(shape) == 2 else (1, mu.numel())
     mu, rho, scalar_prior = _by_rows(mu), _by_rows(rho), False
     if prior_mu is None or prior_sigma is None or not (with_kl or grad_kl is not None):
         prior_mu = prior_sigma = None
@@ -67,17 +68,22 @@ def make_problem(
         prior_mu, prior_sigma = (_by_rows(prior.expand(parameter.mu.shape)) for prior in (prior_mu, prior_sigma))
     grad_kl = None if grad_kl is None else grad_kl.float()
     grad_product = None if grad_product is None else _by_rows(grad_product)
+    prior = operand(prior_mu) + operand(prior_sigma) if prior_mu is not None else _NO_PRIOR
+    noise = _NO_NOISE
+    if key is not None:
+        noise = (key.seed.data_ptr(), _address(key.sample), *key.address, _address(key.rows))
+    gradients = operand(grad_product) + operand(grad_mu) + operand(grad_rho) if grad_mu is not None else _NO_GRADIENTS
     words = (
-        *(columns, scalar_prior, *operand(mu), *operand(rho), *operand(prior_mu), *operand(prior_sigma)),
-        *(_NO_NOISE if key is None else (*map(_address, key[:2]), *key.address, _address(key.rows))),
-        *(_address(grad_kl), *operand(grad_product), *operand(grad_mu), *operand(grad_rho), accumulate),
-        _address(mixture),
+        *(columns, scalar_prior, *operand(mu), *operand(rho), *prior),
+        *(*noise, _address(grad_kl), *gradients, accumulate, _address(mixture)),
     )
-    tensors = (mu, rho, prior_mu, prior_sigma, grad_kl, grad_product, grad_mu, grad_rho, mixture)
-    return Problem(rows, words, tensors if key is None else (*tensors, *key[:2], key.rows))
+    tensors = (mu, rho, prior_mu, prior_sigma, grad_kl, grad_product, grad_mu, grad_rho, mixture, key)
+    return Problem(rows, words, tensors)
 
 
-_NO_NOISE = (0, 0, 0, 0, 0, 0)
+_NO_NOISE = (0,) * 6
+_NO_PRIOR = ABSENT * 2
+_NO_GRADIENTS = ABSENT * 3
 
 
 def _address(tensor: Tensor | None) -> int:
