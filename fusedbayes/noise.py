@@ -260,6 +260,12 @@ def check_coordinates(
     column_offset: int = 0,
 ) -> None:
     """Raises TypeError or ValueError unless the block lies inside the noise's address space (see `normal`)."""
+    if (
+        type(rows) is type(columns) is type(stream) is type(row_offset) is type(column_offset) is int
+        and (0 <= stream < 2**32 and 0 <= rows <= 2**32 - row_offset and 0 <= columns <= 2**34 - column_offset)
+        and (0 <= row_offset and 0 <= column_offset)
+    ):
+        return  # at once: each forward asks
     for name, value in (
         *(("rows", rows), ("columns", columns), ("stream", stream)),
         *(("row_offset", row_offset), ("column_offset", column_offset)),

@@ -118,7 +118,7 @@ class ELBO(nn.Module):
         if self.num_samples > 1:
             nll = nll / self.num_samples
         kl = kl_of_forward()
-        return ElboOutput(nll + (self._current_kl_weight() / self.num_data) * kl, nll, kl)
+        return ElboOutput(torch.add(nll, kl, alpha=self._current_kl_weight() / self.num_data), nll, kl)
 
     def _nll_of_samples(self, x: Any, y: Any, at_once: int) -> Tensor:
         """The sum over so many samples of their mean nll, in one forward."""

@@ -77,13 +77,12 @@ def _entry(name: str) -> Callable[..., Any]:
 
 
 def _entry_of_noise(name: str) -> Callable[..., Tensor]:
-    operator, on_cpu = getattr(torch.ops.fusedbayes, name).default, cpu.implementation(name)
-    transparent = getattr(eager, name)
+    operator, transparent = getattr(torch.ops.fusedbayes, name).default, getattr(eager, name)
 
     def call(*arguments: Any) -> Any:
         if torch._C._are_functorch_transforms_active():
             return transparent(*arguments)
-        return (on_cpu if cpu.is_next(arguments) else operator)(*arguments)
+        return (cpu.at_once(name, arguments) or operator)(*arguments)
 
     return call
 

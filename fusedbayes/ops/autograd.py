@@ -13,14 +13,11 @@ from torch import Tensor
 from fusedbayes.ops import cpu, eager
 
 DIFFERENTIABLE = ("sample_weight", "weight_kl", "scale_mixture_kl", "bayes_linear")
-BACKWARD = ("sample_weight_backward", "scale_mixture_kl_backward", "bayes_linear_backward")
-_CPU = {name: cpu.implementation(name) for name in DIFFERENTIABLE + BACKWARD}
 
 
 def _call(name: str, *arguments: Any) -> Any:
-    if cpu.is_next(arguments):
-        return _CPU[name](*arguments)
-    return getattr(torch.ops.fusedbayes, name).default(*arguments)
+    operator = cpu.at_once(name, arguments) or getattr(torch.ops.fusedbayes, name).default
+    return operator(*arguments)
 
 
 def _below_autograd(name: str, *arguments: Any) -> Any:

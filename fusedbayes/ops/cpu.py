@@ -4,43 +4,48 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import _C, Tensor
 from torch.nn import Parameter
 
 from fusedbayes.kernels import cpu
 from fusedbayes.ops import backend, eager
 
 
-def _dispatch_keys(inference: bool) -> torch._C.DispatchKeySet:
+def _dispatch_keys(inference: bool) -> _C.DispatchKeySet:
     with torch.inference_mode(inference):
-        return torch._C._dispatch_keys(torch.empty(0, device="cpu"))
+        return _C._dispatch_keys(torch.empty(0, device="cpu"))
 
 
 # What the dispatcher knows of an ordinary tensor on the CPU, and of one from inference mode.
 _ORDINARY = _dispatch_keys(False), _dispatch_keys(True)
 
 
-def is_next(arguments: tuple[Any, ...]) -> bool:
-    """Whether all that the dispatcher does below autograd is to call the CPU implementation, and nobody looks on.
+def at_once(name: str, arguments: tuple[Any, ...]) -> Callable[..., Any] | None:
+    """The operator's CPU implementation if all that the dispatcher does below autograd is to call it.
 
-    Its way there and back, through boxes for every argument, takes as long as a small layer.
+    Its way there and back, through boxes for every argument, takes as long as a small layer. None if it does more, or
+    somebody looks on.
     """
     if (
         torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._autograd._profiler_enabled()
+        or _C._are_functorch_transforms_active()
+        or _C._len_torch_dispatch_stack()
+        or _C._len_torch_function_stack()
+        or _C._autograd._profiler_enabled()
     ):
-        return False
+        return None
+    served = True
     for argument in arguments:
         kind = type(argument)
         if kind is Tensor or kind is Parameter:
-            if torch._C._dispatch_keys(argument) not in _ORDINARY:
-                return False
+            if _C._dispatch_keys(argument) not in _ORDINARY:
+                return None
+            served = served and argument.dtype in _SERVED
+        elif kind is torch.dtype:
+            served = served and argument in _SERVED
         elif isinstance(argument, Tensor):
-            return False
-    return True
+            return None
+    return _choice(name, served)
 
 
 def implementation(name: str) -> Callable[..., Any]:
@@ -48,24 +53,17 @@ def implementation(name: str) -> Callable[..., Any]:
 
     It computes in float32 and takes float32 and bfloat16.
     """
-    native, otherwise = getattr(cpu, name), getattr(eager, name)
 
     def run(*arguments: Any) -> Any:
-        return (native if backend.cpu_kernel() and _served(arguments) else otherwise)(*arguments)
+        dtypes = {a.dtype if isinstance(a, Tensor) else a for a in arguments if isinstance(a, (Tensor, torch.dtype))}
+        return _choice(name, dtypes <= _SERVED)(*arguments)
 
     return run
 
 
-def _served(arguments: tuple[Any, ...]) -> bool:
-    """Whether the floating tensors, and the dtype that is asked for, have dtypes that the kernel takes."""
-    for argument in arguments:
-        kind = type(argument)
-        if kind is Tensor or kind is Parameter or isinstance(argument, Tensor):  # isinstance alone is slow for these
-            dtype = argument.dtype
-        elif kind is torch.dtype:
-            dtype = argument
-        else:
-            continue
-        if dtype not in cpu.DTYPES and dtype is not torch.int64:  # seed and sample
-            return False
-    return True
+def _choice(name: str, served: bool) -> Callable[..., Any]:
+    """Who computes, as the dtypes are served by the kernel or not."""
+    return getattr(cpu if served and backend.cpu_kernel() else eager, name)  # type: ignore[no-any-return]
+
+
+_SERVED = cpu.DTYPES | {torch.int64}  # of seed and sample
