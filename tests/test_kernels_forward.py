@@ -33,12 +33,13 @@ TILE = TileConfig(block_n=16, block_k=16)
 SINGLE_PASS = MatmulConfig(16, 16, 16)
 SPLIT = replace(SINGLE_PASS, splits=2)
 MORE_SPLITS = replace(SINGLE_PASS, splits=3)
+X_FIRST = MatmulConfig(64, 16, 16, num_warps=8, splits=2)
 UNROLLED = replace(SINGLE_PASS, unroll=2)
 SAMPLE_ONCE = replace(SINGLE_PASS, single_pass=False)
 CONFIGS = pytest.mark.parametrize(
     "config",
-    [SINGLE_PASS, SPLIT, UNROLLED, SAMPLE_ONCE, None],
-    ids=["single-pass", "split", "unrolled", "sample-once", "selected"],
+    [SINGLE_PASS, SPLIT, UNROLLED, X_FIRST, SAMPLE_ONCE, None],
+    ids=["single-pass", "split", "unrolled", "x-first", "sample-once", "selected"],
 )
 
 
