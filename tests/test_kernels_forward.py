@@ -58,7 +58,11 @@ def run_both(problem: Problem, config: MatmulConfig) -> list[Tensor]:
     return [*kernels.bayes_linear(*problem.forward, config=config)[:2], grad_x]
 
 
-@pytest.mark.parametrize(("config", "num_samples"), [(SPLIT, 1), (MORE_SPLITS, 2)], ids=["two", "three-2-samples"])
+@pytest.mark.parametrize(
+    ("config", "num_samples"),
+    [(SPLIT, 1), (MORE_SPLITS, 2), (X_FIRST, 2)],
+    ids=["two", "three-2-samples", "x-first-2-samples"],
+)
 def test_splits_of_a_sum(kernel_device: str, config: MatmulConfig, num_samples: int) -> None:
     """Launch after launch they add up to the same bits, and their counters are zeros again."""
     problem = make_problem((17, 21, 44), num_samples=num_samples)
