@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
-from bench.facts import IN_TURN, SINGLE_PASS, Facts, Variant, further_sample
+from bench.facts import IN_TURN, Facts, Variant, further_sample
 
 SPECIAL = 4.5  # results of the special-function unit per weight
 
@@ -41,9 +41,6 @@ INSTRUCTIONS: Mapping[str, float] = MappingProxyType(
 # Kernels that need more results of the special-function unit: an exponential for the components' ratio and, forward,
 # the logarithm that every KL takes, backward two reciprocals.
 SPECIAL_OF: Mapping[str, float] = MappingProxyType({"_mixture_kl_kernel": 5.0, "_mixture_kl_backward_kernel": 6.0})
-# Of the forward pass in tiles of 8 warps, where both halves of the warps read each tile of W. It makes 24 us for 4096 x
-# 4096 weights on an H200, at an instruction per lane and cycle; to read them takes 31 us.
-EIGHT_WARPS = 41.0
 # What an estimator, or several samples in turn, change, by compute capability: "local" draws no noise of weights,
 # "flipout" draws random signs. On sm_100, whose operands have another layout, the compiler has sigma computed in both.
 OF_ESTIMATOR: Mapping[tuple[str, str], Mapping[int, Budget]] = MappingProxyType(
@@ -156,5 +153,4 @@ def _budget(variant: Variant) -> Budget:
     for trait in reversed(variant.traits):  # samples in turn come after the estimator, and are what counts
         if (variant.kernel, trait) in OF_ESTIMATOR:
             return OF_ESTIMATOR[variant.kernel, trait][variant.capability]
-    instructions = EIGHT_WARPS if variant.kernel == SINGLE_PASS and "8 warps" in variant.tile else None
-    return Budget(instructions or INSTRUCTIONS[variant.kernel], SPECIAL_OF.get(variant.kernel, SPECIAL))
+    return Budget(INSTRUCTIONS[variant.kernel], SPECIAL_OF.get(variant.kernel, SPECIAL))

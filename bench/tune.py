@@ -51,12 +51,15 @@ def candidate_configs(kernel: str, rows: int) -> list[MatmulConfig]:
         ]
     # More rows than the batch would be padding; more tiles of rows draw the weights again.
     block_ms = [m for m in (rows // 2, rows) if 16 <= m <= 256] or [256]
-    tiles = ((64, 64, 4, 1), (64, 32, 4, 2), (128, 32, 8, 1), (64, 128, 4, 1))
+    tiles = [(64, 64, 4, 1), (64, 32, 4, 2), (128, 32, 8, 1), (64, 128, 4, 1)]
+    if kernel == "forward" and rows >= 64:
+        tiles += [(64, 64, 8, 1), (64, 128, 8, 1), (32, 128, 8, 1)]
+    # Of 8 warps a multiprocessor has one program: more of it is loaded ahead, and half as many splits fill the device.
     candidates = [
         MatmulConfig(m, n, k, warps, stages, unroll, splits)
         for m in block_ms
         for n, k, warps, unroll in tiles
-        for stages, splits in itertools.product((2, 3), (2, 4))
+        for stages, splits in itertools.product(*(((2, 3), (2, 4)) if warps == 4 else ((3, 4), (1, 2))))
         if m * n <= 256 * 64
     ]
     return [*candidates, SAMPLE_ONCE]

@@ -21,7 +21,7 @@ from fusedbayes.kernels.launch import (
     whole_quads,
     with_near_rows,
 )
-from fusedbayes.kernels.linear_step import Tiles, step
+from fusedbayes.kernels.linear_step import Tiles, step, x_first
 from fusedbayes.kernels.linear_two_passes import linear_in_two_passes
 from fusedbayes.kernels.noise import Noise, load_key
 from fusedbayes.kernels.parameter import gaussian
@@ -69,6 +69,7 @@ def _linear_forward_kernel(
     X_QUADS: tl.constexpr,  # x has whole quads of adjacent columns
     SAME_INPUT: tl.constexpr,  # x is (M, K), one batch for all samples
     IN_FRAGMENTS: tl.constexpr,  # weights are drawn in the order of the product's operand
+    X_FIRST: tl.constexpr,  # x W^T in the place of W x^T
     KL_ROWS: tl.constexpr,  # that the threads cover at once: a thread adds up the rows that it has
     DOT_DTYPE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
@@ -105,10 +106,16 @@ def _linear_forward_kernel(
         weight_offsets = row_offsets[None, :, None] + block_columns(BLOCK_K)
     else:
         weight_offsets = row_offsets[:, None] + columns[None, :]
-    x_offsets = (tl.minimum(batch, M - 1) - first_batch)[None, :] * stride_xm
-    x_offsets += columns[:, None] * stride_xk
     x_ptr += first_batch.to(tl.int64) * stride_xm
     start = first_row.to(tl.int64) * K
+    x_rows, mu_ptr, rho_ptr = x_ptr, weight.mu + start, weight.rho + start
+    batch_offsets = (tl.minimum(batch, M - 1) - first_batch) * stride_xm
+    if X_FIRST:
+        # Pointers to rows, which stay: of each row one instruction in a step, where there are many of them.
+        x_rows, x_offsets = x_ptr + batch_offsets[:, None], columns[None, :] * stride_xk
+        mu_ptr, rho_ptr = mu_ptr + row_offsets[:, None], rho_ptr + row_offsets[:, None]
+    else:
+        x_offsets = batch_offsets[None, :] + columns[:, None] * stride_xk
     seed, sample = load_key(seed_ptr, sample_ptr)
     noise = Noise(seed, row_offset + drawn, quad_offset + tl.arange(0, BLOCK_K // 4), sample, stream)
     charge = None
@@ -119,14 +126,14 @@ def _linear_forward_kernel(
         charge = open_charge(weight, start, exist, KL_ROWS)
     stride_xs = tl.zeros((), tl.int64) if SAME_INPUT else stride_xm.to(tl.int64) * M
     tiles = Tiles(
-        x_ptr,
+        x_rows,
         x_offsets,
         stride_xk,
         stride_xs,
         first_sample,
         num_samples - 1,
-        weight.mu + start,
-        weight.rho + start,
+        mu_ptr,
+        rho_ptr,
         weight_offsets,
         noise,
         batch,
@@ -141,7 +148,10 @@ def _linear_forward_kernel(
     PRODUCTS: tl.constexpr = SAMPLES if ESTIMATOR == "shared" else 2
     products = ()
     for _ in tl.static_range(PRODUCTS):
-        products += (tl.zeros((BLOCK_N, BLOCK_M), tl.float32),)
+        if X_FIRST:
+            products += (tl.zeros((BLOCK_M, BLOCK_N), tl.float32),)
+        else:
+            products += (tl.zeros((BLOCK_N, BLOCK_M), tl.float32),)
     nothing = tl.zeros((KL_ROWS, BLOCK_K // 4), tl.float32)
     kl_sums = nothing, nothing
     for tile_k in tl.range(first_tile, full_end, loop_unroll_factor=UNROLL):
@@ -157,6 +167,8 @@ def _linear_forward_kernel(
     sums, starts = (), ()
     for i in tl.static_range(PRODUCTS):
         product, index, plane = products[i], first_sample, (split.to(tl.int64) * PRODUCTS + i) * num_samples
+        if X_FIRST:
+            product = tl.trans(product)
         if ESTIMATOR == "shared":
             index, plane = tl.minimum(first_sample + i, num_samples - 1), 0
         if bias.mu is not None:
@@ -202,13 +214,14 @@ def _single_pass(
     # Without noise of the weights all samples are one batch, or their products those of the one that they share.
     batches, products = (1, x.shape[0]) if estimator == "local" else (num_samples, rows)
     M, pair = products // batches, estimator != "shared"
-    x = with_near_rows(x, max(config.block_m, config.block_k))
+    samples = 1 if pair else config.samples
+    fragments, first = in_fragments(config, samples, x), x_first(config, estimator, x)
+    # Where a step's first column is added to offsets, these reach all columns.
+    x = with_near_rows(x, max(config.block_m, K if fragments or first else config.block_k))
     stream, row_offset, column_offset = addresses[0]
     tiles_n, tiles_k = triton.cdiv(N, config.block_n), triton.cdiv(K, config.block_k)
     tiles_per_split = triton.cdiv(tiles_k, config.splits)
     splits = triton.cdiv(tiles_k, tiles_per_split)
-    samples = 1 if pair else config.samples
-    fragments = in_fragments(config, samples, x)
     # The threads of a tile have four columns each; in fragments a row has four of them.
     columns = 16 if fragments else config.block_k
     y = x.new_empty((rows, N))
@@ -244,6 +257,7 @@ def _single_pass(
         X_QUADS=whole_quads(x.stride()),
         SAME_INPUT=same_input,
         IN_FRAGMENTS=fragments,
+        X_FIRST=first,
         KL_ROWS=min(config.block_n, max(1, 4 * 32 * config.num_warps // columns)),
         **dot_options(x),
         ESTIMATOR=estimator,

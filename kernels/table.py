@@ -25,8 +25,8 @@ TABLE: dict[tuple[Kernel, str, int], dict[int, MatmulConfig]] = {
         16: MatmulConfig(16, 64, 64, num_stages=3),
         32: MatmulConfig(32, 64, 128, num_warps=8, num_stages=3),
         64: MatmulConfig(64, 64, 128, num_warps=8, num_stages=3),
-        128: MatmulConfig(128, 64, 64, num_warps=8, num_stages=3),
-        256: MatmulConfig(256, 64, 64, num_warps=8, num_stages=3),
+        128: MatmulConfig(128, 64, 64, num_warps=8, num_stages=4),
+        256: MatmulConfig(256, 64, 64, num_warps=8, num_stages=4),
     },
     ("forward", "16-bit", 100): {
         16: MatmulConfig(16, 64, 64, num_stages=3),

@@ -16,7 +16,6 @@ import triton.language as tl
 
 from bench import audit, roofline, sass
 from bench.budgets import (
-    EIGHT_WARPS,
     FURTHER_SAMPLE,
     IN_TURN_SAMPLE,
     INSTRUCTIONS,
@@ -107,14 +106,6 @@ def test_each_budget_of_special_functions_is_kept(kernel: str, budget: float) ->
     assert violations([facts(kernel, "fp32", "KL", special=budget)]) == []
     (found,) = violations([facts(kernel, "fp32", "KL", special=budget + 0.5)])
     assert f"{budget + 0.5:.2f} special functions per weight; the budget is {budget:g}" in found
-
-
-def test_a_forward_tile_of_eight_warps_has_a_budget_of_its_own() -> None:
-    wide = facts(instructions=EIGHT_WARPS)
-    wide = dataclasses.replace(wide, variant=wide.variant._replace(tile="256 M x 64 N x 64 K, 8 warps, 3 stages"))
-    assert violations([wide]) == []
-    (found,) = violations([dataclasses.replace(wide, instructions=EIGHT_WARPS + 0.5)])
-    assert f"{EIGHT_WARPS + 0.5:.2f} instructions per weight; the budget is {EIGHT_WARPS:g}" in found
 
 
 @pytest.mark.parametrize(("kernel", "estimator"), OF_ESTIMATOR)

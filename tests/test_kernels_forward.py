@@ -33,12 +33,13 @@ TILE = TileConfig(block_n=16, block_k=16)
 SINGLE_PASS = MatmulConfig(16, 16, 16)
 SPLIT = replace(SINGLE_PASS, splits=2)
 MORE_SPLITS = replace(SINGLE_PASS, splits=3)
+X_FIRST = MatmulConfig(64, 16, 16, num_warps=8, splits=2)
 UNROLLED = replace(SINGLE_PASS, unroll=2)
 SAMPLE_ONCE = replace(SINGLE_PASS, single_pass=False)
 CONFIGS = pytest.mark.parametrize(
     "config",
-    [SINGLE_PASS, SPLIT, UNROLLED, SAMPLE_ONCE, None],
-    ids=["single-pass", "split", "unrolled", "sample-once", "selected"],
+    [SINGLE_PASS, SPLIT, UNROLLED, X_FIRST, SAMPLE_ONCE, None],
+    ids=["single-pass", "split", "unrolled", "x-first", "sample-once", "selected"],
 )
 
 
@@ -57,7 +58,11 @@ def run_both(problem: Problem, config: MatmulConfig) -> list[Tensor]:
     return [*kernels.bayes_linear(*problem.forward, config=config)[:2], grad_x]
 
 
-@pytest.mark.parametrize(("config", "num_samples"), [(SPLIT, 1), (MORE_SPLITS, 2)], ids=["two", "three-2-samples"])
+@pytest.mark.parametrize(
+    ("config", "num_samples"),
+    [(SPLIT, 1), (MORE_SPLITS, 2), (X_FIRST, 2)],
+    ids=["two", "three-2-samples", "x-first-2-samples"],
+)
 def test_splits_of_a_sum(kernel_device: str, config: MatmulConfig, num_samples: int) -> None:
     """Launch after launch they add up to the same bits, and their counters are zeros again."""
     problem = make_problem((17, 21, 44), num_samples=num_samples)
