@@ -263,7 +263,7 @@ def check_coordinates(
     if (
         type(rows) is type(columns) is type(stream) is type(row_offset) is type(column_offset) is int
         and (0 <= stream < 2**32 and 0 <= rows <= 2**32 - row_offset and 0 <= columns <= 2**34 - column_offset)
-        and (0 <= row_offset and 0 <= column_offset)
+        and min(row_offset, column_offset) >= 0
     ):
         return  # at once: each forward asks
     for name, value in (

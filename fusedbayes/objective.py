@@ -4,6 +4,7 @@ docs/kl.md says which coefficient belongs where and why.
 """
 
 import contextlib
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -161,8 +162,8 @@ def _fused_kl(model: nn.Module) -> Iterator[Callable[[], Tensor]]:
     (torch.func.functional_call) or without gradients (reentrant checkpointing), is computed from the parameters.
     """
     owned: dict[BayesModule, list[str]] = {}
-    for parameter in variational_parameters(model):
-        owned.setdefault(parameter.layer, []).append(parameter.name)
+    for _, layer, name in variational_parameters(model):
+        owned.setdefault(layer, []).append(name)
     fused = [layer for layer, names in owned.items() if names == layer.names()]
     results: dict[BayesModule, FusedKL | None] = {}
 
@@ -189,8 +190,8 @@ def _fused_kl(model: nn.Module) -> Iterator[Callable[[], Tensor]]:
 
 def _is_current(result: FusedKL, layer: BayesModule) -> bool:
     """Whether the KL is of the layer's present parameters, and differentiable in those that want a gradient."""
-    present = [tensor for name in layer.names() for tensor in layer.posterior(name)]
-    if any(then is not now for then, now in zip(result.parameters, present, strict=True)):
+    present, then = layer.posteriors(), result.parameters
+    if len(present) != len(then) or not all(map(operator.is_, then, present)):
         return False
     if not torch.is_grad_enabled():
         return True

@@ -72,8 +72,8 @@ class FusedKL(NamedTuple):
     """
 
     kl: Tensor
-    parameters: tuple[Tensor, ...]
-    requires_grad: tuple[bool, ...]
+    parameters: list[Tensor]
+    requires_grad: list[bool]
 
 
 class Draw(NamedTuple):

@@ -122,8 +122,8 @@ class DrawnTensors(RandomTensors):
         return self._kl_wanted and self._kl_of_forward is None and self.has_fused_kl()
 
     def _record_kl(self, kl: Tensor) -> None:
-        parameters = tuple(tensor for name in self.names() for tensor in self.posterior(name))
-        vars(self)["_kl_of_forward"] = FusedKL(kl, parameters, tuple(p.requires_grad for p in parameters))
+        parameters = self.posteriors()
+        vars(self)["_kl_of_forward"] = FusedKL(kl, parameters, [p.requires_grad for p in parameters])
 
     def _samples_in(self, input: Tensor) -> int:
         """For how many Monte Carlo samples the input of this forward holds rows."""

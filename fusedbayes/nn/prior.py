@@ -48,9 +48,13 @@ class RandomTensors(PrunedTensors):
         mu, rho, pruned = self._tensor(f"{name}_mu"), self._tensor(f"{name}_rho"), self.pruned(name)
         return (mu, rho) if pruned is None else masked(mu, rho, pruned)
 
+    def posteriors(self) -> list[Tensor]:
+        """mu and rho of each random tensor that the layer has, one after another."""
+        return [tensor for name in self.random_tensors for tensor in self.posterior(name) if tensor is not None]
+
     def has_fused_kl(self) -> bool:
         """Whether a forward can give the KL: every prior is Normal and no weight is pruned."""
-        return not self.prior_modules() and all(self.pruned(name) is None for name in self.random_tensors)
+        return not self.prior_modules() and not any(self.pruned(name) is not None for name in self.random_tensors)
 
     def prior(self, name: str) -> tuple[Tensor, Tensor]:
         """prior_mu and prior_sigma of the random tensor `name`; ValueError if its prior is not Normal."""

@@ -21,8 +21,10 @@ def _call(name: str, *arguments: Any) -> Any:
 
 
 def _below_autograd(name: str, *arguments: Any) -> Any:
+    if (kernel := cpu.at_once(name, arguments)) is not None:
+        return kernel(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
-        return _call(name, *arguments)
+        return getattr(torch.ops.fusedbayes, name).default(*arguments)
 
 
 def _dispatch(function: type["_Operator"], *arguments: Any) -> Any:
@@ -134,7 +136,8 @@ class _BayesLinear(_Operator):
         x, *parameters, seed, sample, slope = ctx.saved_tensors
         weight, bias = parameters[:4], parameters[4:]
         *addresses, num_samples, same_input, estimator, _ = ctx.rest
-        needs_x, needs_weight, needs_bias = (any(ctx.needs_input_grad[i:j]) for i, j in ((0, 1), (1, 3), (5, 7)))
+        needs_x, *needed = ctx.needs_input_grad
+        needs_weight, needs_bias = needed[0] or needed[1], needed[4] or needed[5]
         if grad_y is None:
             grads = *_kl_gradients(grad_kl, weight, needs_weight), *_kl_gradients(grad_kl, bias, needs_bias)
             return None, *grads, *[None] * 8

@@ -63,7 +63,7 @@ def implementation(name: str) -> Callable[..., Any]:
 
 def _choice(name: str, served: bool) -> Callable[..., Any]:
     """Who computes, as the dtypes are served by the kernel or not."""
-    return getattr(cpu if served and backend.cpu_kernel() else eager, name)  # type: ignore[no-any-return]
+    return getattr(cpu if served and backend.cpu_kernel() else eager, name)
 
 
 _SERVED = cpu.DTYPES | {torch.int64}  # of seed and sample

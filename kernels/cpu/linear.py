@@ -185,12 +185,12 @@ def bayes_linear_backward(
         bias = Parameter(bias_mu, bias_rho, bias_prior_mu, bias_prior_sigma)
     layer = _Layer(weight, bias, seed, sample, weight_address, bias_address, num_samples, estimator)
     batches, pair = layer.batches(x.shape[0]), estimator != "shared"
-    second_x, second_grad = x, grad_y
+    activations = _Activations(x, grad_y, x, grad_y)
     if pair:
         draw = layer.draw(x.shape[0] // num_samples)
         second_x, second_grad = second_operands(x, grad_y, slope, draw, estimator)
-    assert second_grad is not None
-    activations = _Activations(x, grad_y, second_x, second_grad)
+        assert second_grad is not None
+        activations = _Activations(x, grad_y, second_x, second_grad)
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_x else None
     grads = _accumulators(weight, len(batches)) if needs_weight else None
     _pass(layer, batches, activations, grad_kl, grad_x, grads)

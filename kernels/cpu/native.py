@@ -40,12 +40,12 @@ class Problem(NamedTuple):
     Attributes:
         rows: of the parameter.
         words: `Problem` of fused.cpp, from `columns` to its end.
-        tensors: what the words point to, kept alive.
+        held: the tensors that the words point to, kept alive.
     """
 
     rows: int
     words: tuple[int, ...]
-    tensors: tuple[torch.Tensor | None, ...]
+    held: tuple[object, ...]
 
 
 ABSENT = (0, 0, 0, 0, 0)

@@ -27,8 +27,6 @@ def second_operands(
     x: Tensor, grad_y: Tensor | None, slope: Tensor | None, draw: Draw, estimator: str
 ) -> tuple[Tensor, Tensor | None]:
     """What takes the place of x (rows, K) and of dY (rows, N) in the product with what is sampled."""
-    if estimator == "shared":
-        return x, grad_y
     if estimator == "local":
         return x.square(), None if grad_y is None or slope is None else grad_y * slope
     return _flip(x, draw, FLIPOUT_INPUT), None if grad_y is None else _flip(grad_y, draw, FLIPOUT_OUTPUT)

@@ -69,7 +69,7 @@ def make_problem(
     grad_kl = None if grad_kl is None else grad_kl.float()
     grad_product = None if grad_product is None else _by_rows(grad_product)
     prior = operand(prior_mu) + operand(prior_sigma) if prior_mu is not None else _NO_PRIOR
-    noise = _NO_NOISE
+    noise: tuple[int, ...] = _NO_NOISE
     if key is not None:
         noise = (key.seed.data_ptr(), _address(key.sample), *key.address, _address(key.rows))
     gradients = operand(grad_product) + operand(grad_mu) + operand(grad_rho) if grad_mu is not None else _NO_GRADIENTS
@@ -77,8 +77,8 @@ def make_problem(
         *(columns, scalar_prior, *operand(mu), *operand(rho), *prior),
         *(*noise, _address(grad_kl), *gradients, accumulate, _address(mixture)),
     )
-    tensors = (mu, rho, prior_mu, prior_sigma, grad_kl, grad_product, grad_mu, grad_rho, mixture, key)
-    return Problem(rows, words, tensors)
+    held = (mu, rho, prior_mu, prior_sigma, grad_kl, grad_product, grad_mu, grad_rho, mixture, key)
+    return Problem(rows, words, held)
 
 
 _NO_NOISE = (0,) * 6
