@@ -22,16 +22,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.budgets import SHARED_MEMORY
 from bench.measure import device_name, environment, time_interleaved
 from fusedbayes import kernels
 from fusedbayes.kernels import MatmulConfig, select_config, table
 from fusedbayes.kernels.select import SAMPLE_ONCE
 
 DTYPE = torch.bfloat16
+MOST_SHARED = SHARED_MEMORY[90]
 WIDTH = 4096
 ROWS = (16, 32, 64, 128, 256, 512, 1024, 4096)
 KERNELS = ("forward", "backward_input", "backward_weight")
 Launch = Callable[[MatmulConfig], tuple[Tensor, ...]]
+# By warps: of eight a multiprocessor has one program, so that more of it is loaded ahead, and half as many splits fill
+# the device.
+STAGES_AND_SPLITS = {4: ((2, 3), (2, 4)), 8: ((3, 4), (1, 2))}
 WITHIN_NOISE = 1.02  # a candidate has to be faster by this factor to be called better
 
 
@@ -54,15 +59,20 @@ def candidate_configs(kernel: str, rows: int) -> list[MatmulConfig]:
     tiles = [(64, 64, 4, 1), (64, 32, 4, 2), (128, 32, 8, 1), (64, 128, 4, 1)]
     if kernel == "forward" and rows >= 64:
         tiles += [(64, 64, 8, 1), (64, 128, 8, 1), (32, 128, 8, 1)]
-    # Of 8 warps a multiprocessor has one program: more of it is loaded ahead, and half as many splits fill the device.
     candidates = [
         MatmulConfig(m, n, k, warps, stages, unroll, splits)
         for m in block_ms
         for n, k, warps, unroll in tiles
-        for stages, splits in itertools.product(*(((2, 3), (2, 4)) if warps == 4 else ((3, 4), (1, 2))))
-        if m * n <= 256 * 64
+        for stages, splits in itertools.product(*STAGES_AND_SPLITS[warps])
+        # With fewer than 64 rows x is not the first operand: then W is, and has 64 of them.
+        if m * n <= 256 * 64 and (m >= 64 or n >= 64 or warps == 4) and _shared_memory(m, n, k, stages) <= MOST_SHARED
     ]
     return [*candidates, SAMPLE_ONCE]
+
+
+def _shared_memory(m: int, n: int, k: int, stages: int) -> int:
+    """Bytes of a forward program of 8 warps: mu, rho and x of the stages that are loaded ahead, and W."""
+    return (stages - 1) * (2 * 4 * n * k + 2 * m * k) + 2 * n * k
 
 
 def launcher(kernel: str, shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> Launch:

@@ -132,7 +132,7 @@ def _as_operand(prior: Tensor, mu: Tensor) -> Tensor:
 def check_parameter(mu: Tensor, rho: Tensor, prefix: str) -> None:
     both = isinstance(mu, Tensor) and isinstance(rho, Tensor) and mu.is_floating_point()
     if both and rho.dtype == mu.dtype and rho.shape == mu.shape and rho.device == mu.device:
-        return  # at once: each forward asks
+        return  # as nearly always, and in every forward
     for name, value in ((f"{prefix}mu", mu), (f"{prefix}rho", rho)):
         if not isinstance(value, Tensor) or not value.is_floating_point():
             raise TypeError(f"{name} must be a floating-point tensor, got {describe(value)}")

@@ -76,6 +76,9 @@ def kl_report(model: nn.Module) -> Report[KLRow]:
 
     Returns:
         One `KLRow` for each random tensor, in the order of the modules; ``print(report)`` shows a table.
+
+    Raises:
+        TypeError: `model` is not a module.
     """
 
     def row(name: str, kl: Tensor, mu: Tensor, rho: Tensor) -> KLRow:

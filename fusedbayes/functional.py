@@ -215,8 +215,8 @@ def sample_weight(
     Args:
         mu, rho: any shape, same floating dtype and device. The noise is addressed in ``mu.flatten(1)``, or in one row
             for a vector.
-        prior: None (default: no KL is computed) or (prior_mu, prior_sigma), each a number or a tensor, 0-d or of mu's
-            shape; prior_sigma > 0.
+        prior: None (default: no KL is computed) or (prior_mu, prior_sigma), each a number or a tensor that broadcasts
+            to mu's shape; prior_sigma > 0, neither requiring grad.
         with_kl: False leaves the KL out although there is a prior (default True).
         seed: an int or a 0-d int64 tensor; default a fresh one from torch's generator.
         sample: index of the Monte Carlo sample, an int in [0, 2**32) or a 0-d int64 tensor; default 0.
@@ -229,7 +229,8 @@ def sample_weight(
 
     Raises:
         TypeError: an argument is not of a type given above, or mu and rho differ in dtype.
-        ValueError: shapes or devices differ, prior_sigma as a number is not positive, or the address is out of range.
+        ValueError: shapes or devices differ, prior_sigma as a number is not positive, a prior requires grad, or the
+            address is out of range.
     """
     check_parameter(mu, rho, "")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
@@ -298,7 +299,8 @@ def bayes_linear(
         estimator: "shared" (default), "local" or "flipout".
 
     Returns:
-        (y, kl): y of shape (..., out_features) and x's dtype; kl, the sum over weight and bias, 0-d float32 (float64
+        (y, kl): y of shape (..., out_features) and x's dtype, with `same_input` num_samples times as long along the
+        first dimension as x; kl, the sum over weight and bias, 0-d float32 (float64
         for float64 parameters), or None if it is not computed.
 
     Raises:

@@ -184,8 +184,8 @@ def normal(
         (rows, columns) tensor of `dtype`, N(0, 1), |eps| <= 6.77.
 
     Raises:
-        TypeError: a coordinate is not an int, or `seed` or `dtype` is not of a type given above.
-        ValueError: a coordinate is out of range.
+        TypeError: a coordinate is not an int, or `rows`, `seed` or `dtype` is not of a type given above.
+        ValueError: a coordinate is out of range, or `rows` is a tensor, but no vector.
     """
     if dtype not in (torch.float32, torch.float64):
         raise TypeError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
@@ -222,8 +222,8 @@ def signs(
     The sign of column c is bit ``c % 32`` of word ``(c // 32) % 4`` at the counter ``(c // 128, row, sample, stream)``,
     -1 where it is set. Arguments and errors as `normal`, for any floating `dtype`.
     """
-    if not dtype.is_floating_point:
-        raise TypeError(f"dtype must be a floating-point dtype, got {dtype}")
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype must be a floating-point torch.dtype, got {describe(dtype)}")
     count = _check_block(rows, columns, stream, row_offset, column_offset)
     seed = as_seed(seed, device)
     first, end = column_offset // 128, -(-(column_offset + columns) // 128)
@@ -237,6 +237,9 @@ def signs(
 
 def _check_block(rows: int | Tensor, columns: int, stream: int, row_offset: int, column_offset: int) -> int:
     """Checks as `check_coordinates` does; returns the number of rows."""
+    if isinstance(rows, Tensor) and (rows.dtype != torch.int64 or rows.dim() != 1):
+        error = TypeError if rows.dtype != torch.int64 else ValueError
+        raise error(f"rows must be an int or an int64 vector, got {describe(rows)}")
     count = rows.numel() if isinstance(rows, Tensor) else rows
     # Of a row that is given by its value no more is known than that there is one.
     extent = min(count, 1) if isinstance(rows, Tensor) else count
@@ -265,7 +268,7 @@ def check_coordinates(
         and (0 <= stream < 2**32 and 0 <= rows <= 2**32 - row_offset and 0 <= columns <= 2**34 - column_offset)
         and min(row_offset, column_offset) >= 0
     ):
-        return  # at once: each forward asks
+        return  # as nearly always, and in every forward: what follows would take longer than a small layer
     for name, value in (
         *(("rows", rows), ("columns", columns), ("stream", stream)),
         *(("row_offset", row_offset), ("column_offset", column_offset)),

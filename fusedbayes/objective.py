@@ -31,6 +31,9 @@ def kl_loss(model: nn.Module) -> Tensor:
 
     Returns:
         0-d float32 tensor (float64 for float64 parameters), differentiable; zero if no layer is Bayesian.
+
+    Raises:
+        TypeError: `model` is not a module.
     """
     return _sum([p.layer.kl_of(p.name) for p in variational_parameters(model)], model)
 
@@ -119,7 +122,8 @@ class ELBO(nn.Module):
         if self.num_samples > 1:
             nll = nll / self.num_samples
         kl = kl_of_forward()
-        return ElboOutput(torch.add(nll, kl, alpha=self._current_kl_weight() / self.num_data), nll, kl)
+        # A model may lie on several devices: the outputs are on the last one.
+        return ElboOutput(nll + (self._current_kl_weight() / self.num_data) * kl.to(nll.device), nll, kl)
 
     def _nll_of_samples(self, x: Any, y: Any, at_once: int) -> Tensor:
         """The sum over so many samples of their mean nll, in one forward."""

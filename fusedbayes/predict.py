@@ -232,7 +232,11 @@ def frozen_sample(
 def mean_mode(model: nn.Module) -> Iterator[None]:
     """Within the context every Bayesian layer of `model` computes with its posterior means: no sampling.
 
-    Contexts of this kind and of `frozen_sample` nest; the innermost counts.
+    Contexts of this kind and of `frozen_sample` nest; the innermost counts. A model without Bayesian layers computes as
+    ever.
+
+    Raises:
+        TypeError: `model` is not a module.
     """
     with _noise_of({layer: MeanWeights() for _, layer in bayes_modules(model)}):
         yield

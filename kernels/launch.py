@@ -29,9 +29,10 @@ def whole_quads(strides: Sequence[int]) -> bool:
     return column == 1 and row % 4 == 0
 
 
-def with_near_rows(activations: Tensor, block: int) -> Tensor:
-    """The activations, or a row-major copy if the offsets within a tile of `block` rows would not fit 32 bits."""
-    return activations if block * sum(activations.stride()) < 2**31 else activations.contiguous()
+def with_near_rows(activations: Tensor, rows: int, columns: int) -> Tensor:
+    """The activations, or a row-major copy if offsets within so many rows and columns would not fit 32 bits."""
+    row, column = activations.stride()
+    return activations if rows * row + columns * column < 2**31 else activations.contiguous()
 
 
 def capability(tensor: Tensor) -> tuple[int, int]:

@@ -217,7 +217,7 @@ def _single_pass(
     samples = 1 if pair else config.samples
     fragments, first = in_fragments(config, samples, x), x_first(config, estimator, x)
     # Where a step's first column is added to offsets, these reach all columns.
-    x = with_near_rows(x, max(config.block_m, K if fragments or first else config.block_k))
+    x = with_near_rows(x, config.block_m, K if fragments or first else config.block_k)
     stream, row_offset, column_offset = addresses[0]
     tiles_n, tiles_k = triton.cdiv(N, config.block_n), triton.cdiv(K, config.block_k)
     tiles_per_split = triton.cdiv(tiles_k, config.splits)

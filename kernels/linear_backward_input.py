@@ -248,7 +248,7 @@ def bayes_linear_backward_input(
     if not (config.single_pass and fits("backward_input", config, (M, N, K)) and column_offset % 4 == 0):
         return _in_two_passes(operands, mu, rho, key, address, num_samples, estimator)
     if estimator == "shared":  # the operands of others are row-major
-        grad_y = with_near_rows(grad_y, max(config.block_m, config.block_n))
+        grad_y = with_near_rows(grad_y, config.block_m, config.block_n)
     tiles_n = triton.cdiv(N, config.block_n)
     tiles_per_split = min(triton.cdiv(tiles_n, config.splits), 2**31 // (config.block_n * K) - 1)
     assert tiles_per_split > 0  # `fits` sees to it

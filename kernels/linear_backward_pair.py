@@ -151,8 +151,8 @@ def pair_gradients(
     """dmu and drho of weight and bias; `bias_grads`, and for "local" the second, sum up to those of each sample."""
     grad_y, x, second_grad, second_x = operands
     if estimator == "shared":  # others are row-major
-        grad_y = with_near_rows(grad_y, max(config.block_m, config.block_n))
-        x = with_near_rows(x, max(config.block_m, config.block_k))
+        grad_y = with_near_rows(grad_y, config.block_m, config.block_n)
+        x = with_near_rows(x, config.block_m, config.block_k)
     (rows, N), K = grad_y.shape, x.shape[1]
     M = rows // num_samples
     stream, row_offset, column_offset = addresses[0]

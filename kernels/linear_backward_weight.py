@@ -109,8 +109,8 @@ def weight_gradients(
     config: MatmulConfig,
 ) -> tuple[Gradients, Gradients]:
     """dmu and drho of weight and bias for one weight that all rows share; `bias_grad` sums up to dL/db."""
-    grad_y = with_near_rows(operands.grad_y, max(config.block_m, config.block_n))
-    x = with_near_rows(operands.x, max(config.block_m, config.block_k))
+    grad_y = with_near_rows(operands.grad_y, config.block_m, config.block_n)
+    x = with_near_rows(operands.x, config.block_m, config.block_k)
     (M, N), K = grad_y.shape, x.shape[1]
     stream, row_offset, column_offset = addresses[0]
     grads, bias_grads = new_gradients(weight, weight[0]), new_gradients(bias, weight[0])

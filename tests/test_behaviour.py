@@ -1,5 +1,6 @@
 """How Bayesian layers get on with the rest of torch: copying, saving, precisions, compilation, checkpointing."""
 
+import concurrent.futures
 import copy
 import io
 import pickle
@@ -16,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from fusedbayes import ELBO, BayesLinear, frozen_sample, functional, kl_loss, predict
+from fusedbayes.reference import ESTIMATORS, Estimator
 
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="Inductor needs a C++ compiler"
@@ -262,6 +264,22 @@ def test_inference_mode() -> None:
         y, kl = function_draw(model, x), kl_loss(model)
     assert_equal(y, function_draw(model, x))
     assert_equal(kl, kl_loss(model))
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_backward_pass_in_inference_mode_leaves_nothing_behind(estimator: Estimator) -> None:
+    """What a thread keeps for its next layers is made by whichever comes first: here it has nothing yet."""
+    x, weight = torch.randn(4, 5), [torch.randn(3, 5, requires_grad=True) for _ in range(2)]
+
+    def backward(inference: bool) -> tuple[Tensor, ...]:
+        y, _ = functional.bayes_linear(x, *weight, seed=3, num_samples=2, estimator=estimator)
+        loss = y.sum()
+        with torch.inference_mode(inference):
+            return torch.autograd.grad(loss, weight)
+
+    with concurrent.futures.ThreadPoolExecutor(1) as fresh_thread:
+        inside, outside = fresh_thread.map(backward, (True, False))
+    assert_equal(inside, outside)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])

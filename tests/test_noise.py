@@ -1,5 +1,6 @@
 """The noise contract: known answers, and noise that depends on its address alone."""
 
+import contextlib
 import math
 from typing import Any
 
@@ -185,6 +186,8 @@ def test_draw_seed_follows_the_generator_of_torch() -> None:
         ({"seed": -(2**63) - 1}, ValueError, f"seed must lie in .* got {-(2**63) - 1}"),
         ({"dtype": torch.float16}, TypeError, r"dtype must be torch\.float32 or torch\.float64, got torch\.float16"),
         ({"rows": 2.0}, TypeError, "rows must be an int, got 2.0"),
+        ({"rows": torch.ones(2)}, TypeError, "rows must be an int or an int64 vector, got"),
+        ({"rows": torch.ones(2, 2, dtype=torch.int64)}, ValueError, "rows must be an int or an int64 vector, got"),
         ({"columns": True}, TypeError, "columns must be an int, got True"),
         ({"rows": -1}, ValueError, "rows must not be negative, got -1"),
         ({"columns": -2}, ValueError, "columns must not be negative, got -2"),
@@ -207,3 +210,19 @@ def test_draw_seed_follows_the_generator_of_torch() -> None:
 def test_bad_argument_is_named(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         noise.normal(**({"seed": 0, "rows": 2, "columns": 3} | arguments))
+
+
+AROUND = st.integers(-1, 5) | st.integers(2**32 - 3, 2**32 + 1) | st.integers(2**34 - 3, 2**34 + 1)
+
+
+@settings(max_examples=500, deadline=None, derandomize=True)
+@given(rows=AROUND, columns=AROUND, stream=AROUND, row_offset=AROUND, column_offset=AROUND)
+def test_coordinates_are_refused_outside_the_address_space_alone(**coordinates: int) -> None:
+    inside = (
+        min(coordinates.values()) >= 0
+        and coordinates["stream"] < 2**32
+        and coordinates["row_offset"] + coordinates["rows"] <= 2**32
+        and coordinates["column_offset"] + coordinates["columns"] <= 2**34
+    )
+    with contextlib.nullcontext() if inside else pytest.raises(ValueError, match="must"):
+        noise.check_coordinates(**coordinates)

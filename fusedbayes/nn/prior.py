@@ -54,7 +54,7 @@ class RandomTensors(PrunedTensors):
 
     def has_fused_kl(self) -> bool:
         """Whether a forward can give the KL: every prior is Normal and no weight is pruned."""
-        return not self.prior_modules() and not any(self.pruned(name) is not None for name in self.random_tensors)
+        return not self.prior_modules() and all(self.pruned(name) is None for name in self.random_tensors)
 
     def prior(self, name: str) -> tuple[Tensor, Tensor]:
         """prior_mu and prior_sigma of the random tensor `name`; ValueError if its prior is not Normal."""

@@ -82,7 +82,7 @@ def _entry_of_noise(name: str) -> Callable[..., Tensor]:
     def call(*arguments: Any) -> Any:
         if torch._C._are_functorch_transforms_active():
             return transparent(*arguments)
-        return (cpu.at_once(name, arguments) or operator)(*arguments)
+        return (cpu.direct(name, arguments) or operator)(*arguments)
 
     return call
 

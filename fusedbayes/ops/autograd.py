@@ -16,12 +16,12 @@ DIFFERENTIABLE = ("sample_weight", "weight_kl", "scale_mixture_kl", "bayes_linea
 
 
 def _call(name: str, *arguments: Any) -> Any:
-    operator = cpu.at_once(name, arguments) or getattr(torch.ops.fusedbayes, name).default
+    operator = cpu.direct(name, arguments) or getattr(torch.ops.fusedbayes, name).default
     return operator(*arguments)
 
 
 def _below_autograd(name: str, *arguments: Any) -> Any:
-    if (kernel := cpu.at_once(name, arguments)) is not None:
+    if (kernel := cpu.direct(name, arguments)) is not None:
         return kernel(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return getattr(torch.ops.fusedbayes, name).default(*arguments)

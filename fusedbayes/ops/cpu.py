@@ -18,9 +18,11 @@ def _dispatch_keys(inference: bool) -> _C.DispatchKeySet:
 
 # What the dispatcher knows of an ordinary tensor on the CPU, and of one from inference mode.
 _ORDINARY = _dispatch_keys(False), _dispatch_keys(True)
+# What the C++ kernel serves; integers are the seed and the sample.
+_SERVED = cpu.DTYPES | {torch.int64}
 
 
-def at_once(name: str, arguments: tuple[Any, ...]) -> Callable[..., Any] | None:
+def direct(name: str, arguments: tuple[Any, ...]) -> Callable[..., Any] | None:
     """The operator's CPU implementation if all that the dispatcher does below autograd is to call it.
 
     Its way there and back, through boxes for every argument, takes as long as a small layer. None if it does more, or
@@ -64,6 +66,3 @@ def implementation(name: str) -> Callable[..., Any]:
 def _choice(name: str, served: bool) -> Callable[..., Any]:
     """Who computes, as the dtypes are served by the kernel or not."""
     return getattr(cpu if served and backend.cpu_kernel() else eager, name)
-
-
-_SERVED = cpu.DTYPES | {torch.int64}  # of seed and sample

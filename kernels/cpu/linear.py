@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fusedbayes.kernels.cpu.native import Output, library
-from fusedbayes.kernels.cpu.pair import Draw, combine, input_gradient, second_operands
+from fusedbayes.kernels.cpu.pair import RowNoise, combine, input_gradient, second_operands
 from fusedbayes.kernels.cpu.sample import Key, Parameter, kl_tensor, make_problem
 from fusedbayes.kernels.streams import sample_after
 
@@ -27,7 +27,8 @@ class _Workspace(threading.local):
         if rows * columns > BLOCK:
             return torch.empty(rows, columns, dtype=dtype, device="cpu")
         if (dtype, number) not in self._memory:
-            self._memory[dtype, number] = torch.empty(BLOCK, dtype=dtype, device="cpu")
+            with torch.inference_mode(False):  # where it is made must not decide who may write to it later
+                self._memory[dtype, number] = torch.empty(BLOCK, dtype=dtype, device="cpu")
         return self._memory[dtype, number].as_strided((rows, columns), (columns, 1))
 
 
@@ -69,9 +70,9 @@ class _Layer(NamedTuple):
     num_samples: int
     estimator: str
 
-    def draw(self, rows: int) -> Draw:
+    def row_noise(self, rows: int) -> RowNoise:
         """What `pair` needs, for so many rows of a sample."""
-        return Draw((self.seed, self.sample), self.weight_address, self.num_samples, rows)
+        return RowNoise((self.seed, self.sample), self.weight_address, self.num_samples, rows)
 
     @property
     def output(self) -> Output:
@@ -118,7 +119,7 @@ def bayes_linear(
     keys = [Key(seed, batch.sample, weight_address) for batch in batches]
     problems = [make_problem(weight, key, with_kl=with_kl and not index) for index, key in enumerate(keys)]
     kl, drawn = _draw_bias(layer, batches, x.dtype, with_kl)
-    second_x = x if estimator == "shared" else second_operands(x, None, None, layer.draw(M), estimator)[0]
+    second_x = x if estimator == "shared" else second_operands(x, None, None, layer.row_noise(M), estimator)[0]
     product = x.new_empty(total, N)
     for columns in _blocks(N, K):
         sampled = _workspace.block(columns.stop - columns.start, K, x.dtype)
@@ -137,7 +138,7 @@ def bayes_linear(
     for (rows, _), b in zip(batches, drawn, strict=True):
         if b is not None and bias_mu is not None:
             _part(mean, 0, rows).add_(b if estimator == "flipout" else bias_mu)
-    y, slope = combine(mean, product, layer.draw(M), estimator)
+    y, slope = combine(mean, product, layer.row_noise(M), estimator)
     return y, charge, slope
 
 
@@ -187,15 +188,15 @@ def bayes_linear_backward(
     batches, pair = layer.batches(x.shape[0]), estimator != "shared"
     activations = _Activations(x, grad_y, x, grad_y)
     if pair:
-        draw = layer.draw(x.shape[0] // num_samples)
-        second_x, second_grad = second_operands(x, grad_y, slope, draw, estimator)
+        noise = layer.row_noise(x.shape[0] // num_samples)
+        second_x, second_grad = second_operands(x, grad_y, slope, noise, estimator)
         assert second_grad is not None
         activations = _Activations(x, grad_y, second_x, second_grad)
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_x else None
     grads = _accumulators(weight, len(batches)) if needs_weight else None
     _pass(layer, batches, activations, grad_kl, grad_x, grads)
     if grad_x is not None and pair:
-        grad_x = input_gradient(grad_y, grad_x, x, weight_mu, draw, estimator)
+        grad_x = input_gradient(grad_y, grad_x, x, weight_mu, noise, estimator)
     bias_grads = None
     if needs_weight and bias is not None:
         bias_grads = _bias_gradients(layer, bias, batches, activations, grad_kl)

@@ -14,7 +14,7 @@ from fusedbayes.kernels.cpu.sample import normal, words
 from fusedbayes.kernels.streams import FLIPOUT_INPUT, FLIPOUT_OUTPUT, LOCAL, sample_after
 
 
-class Draw(NamedTuple):
+class RowNoise(NamedTuple):
     """Which noise rows have: seed and first sample, the weight's address, how many samples of how many rows each."""
 
     key: tuple[Tensor, Tensor | None]
@@ -24,22 +24,22 @@ class Draw(NamedTuple):
 
 
 def second_operands(
-    x: Tensor, grad_y: Tensor | None, slope: Tensor | None, draw: Draw, estimator: str
+    x: Tensor, grad_y: Tensor | None, slope: Tensor | None, noise: RowNoise, estimator: str
 ) -> tuple[Tensor, Tensor | None]:
     """What takes the place of x (rows, K) and of dY (rows, N) in the product with what is sampled."""
     if estimator == "local":
         return x.square(), None if grad_y is None or slope is None else grad_y * slope
-    return _flip(x, draw, FLIPOUT_INPUT), None if grad_y is None else _flip(grad_y, draw, FLIPOUT_OUTPUT)
+    return _flip(x, noise, FLIPOUT_INPUT), None if grad_y is None else _flip(grad_y, noise, FLIPOUT_OUTPUT)
 
 
-def combine(mean: Tensor, second: Tensor, draw: Draw, estimator: str) -> tuple[Tensor, Tensor]:
+def combine(mean: Tensor, second: Tensor, noise: RowNoise, estimator: str) -> tuple[Tensor, Tensor]:
     """y (rows, N) from both products, and the slope; "local" takes products of one batch for all samples, too.
 
     The results may take the place of the products.
     """
     if estimator == "flipout":
-        return mean.add_(_flip(second, draw, FLIPOUT_OUTPUT)), mean.new_empty(0, draw.num_samples)
-    key, (stream, row_offset, _), num_samples, M = draw
+        return mean.add_(_flip(second, noise, FLIPOUT_OUTPUT)), mean.new_empty(0, noise.num_samples)
+    key, (stream, row_offset, _), num_samples, M = noise
     N, address = mean.shape[1], (stream + LOCAL, 0, row_offset)
     zetas = [normal(M, N, key[0], sample_after(key, index), address) for index in range(num_samples)]
     batches = num_samples if len(mean) == num_samples * M else 1
@@ -53,16 +53,16 @@ def combine(mean: Tensor, second: Tensor, draw: Draw, estimator: str) -> tuple[T
 
 
 def input_gradient(
-    grad_y: Tensor, by_second: Tensor, x: Tensor, weight_mu: Tensor, draw: Draw, estimator: str
+    grad_y: Tensor, by_second: Tensor, x: Tensor, weight_mu: Tensor, noise: RowNoise, estimator: str
 ) -> Tensor:
     """dX from dY and the gradient by the second product's operand, whose place it may take."""
-    chained = by_second.mul_(x).mul_(2.0) if estimator == "local" else _flip(by_second, draw, FLIPOUT_INPUT)
+    chained = by_second.mul_(x).mul_(2.0) if estimator == "local" else _flip(by_second, noise, FLIPOUT_INPUT)
     return chained.addmm_(grad_y, weight_mu.to(grad_y.dtype))
 
 
-def _flip(tensor: Tensor, draw: Draw, role: int) -> Tensor:
+def _flip(tensor: Tensor, noise: RowNoise, role: int) -> Tensor:
     """The tensor (rows, columns) with the random signs of its rows and columns."""
-    key, (stream, row_offset, column_offset), num_samples, rows = draw
+    key, (stream, row_offset, column_offset), num_samples, rows = noise
     columns = tensor.shape[1]
     offset = column_offset if role == FLIPOUT_INPUT else row_offset
     # A word for 32 columns: as addressed, the word of one column of a tensor with a 32nd of them.
