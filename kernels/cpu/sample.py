@@ -58,18 +58,19 @@ def make_problem(
     mu, rho, prior_mu, prior_sigma = parameter
     shape = mu.shape
     rows, columns = shape if len(shape) == 2 else (1, mu.numel())
-    mu, rho, scalar_prior = _by_rows(mu), _by_rows(rho), False
+    mu, rho, scalar_prior, prior = _by_rows(mu), _by_rows(rho), False, _NO_PRIOR
     if prior_mu is None or prior_sigma is None or not (with_kl or grad_kl is not None):
         prior_mu = prior_sigma = None
         grad_kl = None if mixture is None else grad_kl
     elif prior_mu.dim() == prior_sigma.dim() == 0:
         prior_mu, prior_sigma, scalar_prior = prior_mu.float(), prior_sigma.float(), True
+        prior = (prior_mu.data_ptr(), *_NUMBER, prior_sigma.data_ptr(), *_NUMBER)
     else:
-        prior_mu, prior_sigma = (_by_rows(prior.expand(parameter.mu.shape)) for prior in (prior_mu, prior_sigma))
+        prior_mu, prior_sigma = (_by_rows(given.expand(shape)) for given in (prior_mu, prior_sigma))
+        prior = operand(prior_mu) + operand(prior_sigma)
     grad_kl = None if grad_kl is None else grad_kl.float()
     grad_product = None if grad_product is None else _by_rows(grad_product)
-    prior = operand(prior_mu) + operand(prior_sigma) if prior_mu is not None else _NO_PRIOR
-    noise: tuple[int, ...] = _NO_NOISE
+    noise = _NO_NOISE
     if key is not None:
         noise = (key.seed.data_ptr(), _address(key.sample), *key.address, _address(key.rows))
     gradients = operand(grad_product) + operand(grad_mu) + operand(grad_rho) if grad_mu is not None else _NO_GRADIENTS
@@ -81,9 +82,10 @@ def make_problem(
     return Problem(rows, words, held)
 
 
-_NO_NOISE = (0,) * 6
-_NO_PRIOR = ABSENT * 2
-_NO_GRADIENTS = ABSENT * 3
+_NUMBER = (0, 0, 0, 0)  # what `operand` says of a number in float32 beside its address
+_NO_PRIOR: tuple[int, ...] = ABSENT * 2
+_NO_GRADIENTS: tuple[int, ...] = ABSENT * 3
+_NO_NOISE: tuple[int, ...] = (0,) * 6
 
 
 def _address(tensor: Tensor | None) -> int:
