@@ -160,34 +160,49 @@ def draw_sampling() -> None:
     drawing.save("sampling")
 
 
-def draw_product(drawing: Drawing, weight: str, other: str, result: str, columns: int = 64) -> None:
-    """The inside of a program that multiplies what it draws, 64 x `columns` weights at a time."""
+def draw_product(
+    drawing: Drawing, weight: str, other: str, result: str, columns: int = 64, weight_first: bool = True
+) -> None:
+    """The inside of a program that multiplies what it draws, 64 x `columns` weights at a time.
+
+    The first operand stands to the left of the product, which is transposed if this is the weight.
+    """
     drawing.program(37, 40, f"one program, {columns // 16} warps")
-    loaded = f"{columns // 4} KB"
+    loaded, sampled = f"{columns // 4} KB", 36.4 if weight_first else 47.6
     boxes = {f"mu\n{loaded}": PARAMETER, f"rho\n{loaded}": PARAMETER, f"eps\n64 x {columns}": NOISE}
     for i, (text, kind) in enumerate(boxes.items()):
         drawing.box(kind, 24.5, 14.5 + 9.8 * i, 8.2, 8.2, text)
-        drawing.arrow(kind, 32.9, 18.6 + 9.8 * i, 36.2, 25.4 + 3 * i)
-    drawing.box(SAMPLE, 36.4, 24.3, 8.2, 8.2, f"${weight}$\n64 x {columns}\nbf16")
-    drawing.box(ACTIVATION, 47.6, 8.4, 8.2, 8.2, f"${other}^T$\n{columns // 8} KB")
-    drawing.box(SUM, 47.6, 24.3, 8.2, 8.2, f"${result}^T$\n64 x 64\nfp32")
-    drawing.arrow(SAMPLE, 44.8, 28.4, 47.4, 28.4)
-    drawing.arrow(ACTIVATION, 51.7, 16.8, 51.7, 24.1)
-    drawing.write(47, 20.5, f"tensor cores,\n${weight}$ on the M side", ha="right")
+        drawing.arrow(kind, 32.9, 18.6 + 9.8 * i, sampled - 0.2, 25.4 + 3 * i)
+    if weight_first:
+        drawing.box(SAMPLE, sampled, 24.3, 8.2, 8.2, f"${weight}$\n64 x {columns}\nbf16")
+        drawing.box(ACTIVATION, 47.6, 8.4, 8.2, 8.2, f"${other}^T$\n{columns // 8} KB")
+        drawing.box(SUM, 47.6, 24.3, 8.2, 8.2, f"${result}^T$\n64 x 64\nfp32")
+        drawing.arrow(SAMPLE, 44.8, 28.4, 47.4, 28.4)
+        drawing.arrow(ACTIVATION, 51.7, 16.8, 51.7, 24.1)
+        drawing.write(47, 20.5, f"tensor cores,\n${weight}$ on the M side", ha="right")
+    else:
+        drawing.box(SAMPLE, sampled, 24.3, 8.2, 8.2, f"${weight}^T$\n{columns} x 64\nbf16")
+        drawing.box(ACTIVATION, 36.4, 8.4, 8.2, 8.2, f"${other}$\n{columns // 8} KB")
+        drawing.box(SUM, 47.6, 8.4, 8.2, 8.2, f"${result}$\n64 x 64\nfp32")
+        drawing.arrow(ACTIVATION, 44.8, 12.5, 47.4, 12.5)
+        drawing.arrow(SAMPLE, 51.7, 24.1, 51.7, 16.8)
+        drawing.write(50.8, 19.1, f"tensor cores,\n${other}$ on the M side", ha="right")
 
 
-def draw_traffic(drawing: Drawing, other: str, result: str, part: Place, tile: Place, splits: int = 4) -> None:
+def draw_traffic(
+    drawing: Drawing, other: str, result: str, part: Place, tile: Place, splits: int = 4, weight_first: bool = True
+) -> None:
     """What a product over some splits reads and writes: x or dY, mu and rho; partial results and their sum."""
     along = part[0] if part[2] > part[3] else part[1]
     drawing.tensor(ACTIVATION, (2, 8.4, 13.5, 4), other, (along, 0, 1 / splits, 1), (along, 0, 0.36 / splits, 1))
-    drawing.arrow(ACTIVATION, 15.7, 10.4, 47.4, 10.4)
+    drawing.arrow(ACTIVATION, 15.7, 10.4, 47.4 if weight_first else 36.2, 10.4)
     for y, name, end in ((17, "mu (N, K) fp32", 18.6), (33, "rho (N, K) fp32", 28.4)):
         drawing.tensor(PARAMETER, (2, y, 13.5, 11), name, part, tile)
         drawing.arrow(PARAMETER, 15.7, y + 5.5, 24.3, end)
     drawing.write(71.3, 22.4 - 3.1 * splits, f"partial {result.split()[0]}, fp32")
     for split in range(splits):
         drawing.box(RESULT, 64.5, 23.8 - 3.1 * (splits - split), 13.5, 2.7, f"split {split}: 1 MB")
-    drawing.arrow(RESULT, 56, 28.4, 64.3, 21.5)
+    drawing.arrow(RESULT, 56, 28.4 if weight_first else 12.5, 64.3, 21.5)
     drawing.arrow(RESULT, 71.2, 23.6, 71.2, 28.2)
     drawing.write(70.2, 26, "the last adds\nthem in order", ha="right")
     drawing.box(RESULT, 64.5, 28.4, 13.5, 5, f"{result}\nbf16, 0.5 MB")
@@ -196,12 +211,12 @@ def draw_traffic(drawing: Drawing, other: str, result: str, part: Place, tile: P
 def draw_forward() -> None:
     conclusion = "Per weight: 8 bytes read; with 64 rows 0.25 for partial sums, and 2 of x from the L2 cache"
     drawing = Drawing(54, "Forward, single pass: W is drawn where it is multiplied", ALL, conclusion)
-    draw_product(drawing, "W", "x", "y", columns=128)
+    draw_product(drawing, "W", "x", "y", columns=128, weight_first=False)
     part, tile = (0.5, 0.4, 0.5, 0.12), (0.5, 0.4, 0.18, 0.12)
-    draw_traffic(drawing, "x (M, K) bf16", "y (M, N)", part, tile, splits=2)
-    drawing.box(SUM, 36.4, 37, 19.4, 5, "sum of log2 sigma,\nsum of squares")
-    drawing.box(RESULT, 64.5, 37, 13.5, 5, "partial KL: 4 B\na program")
-    drawing.arrow(RESULT, 56, 39.5, 64.3, 39.5)
+    draw_traffic(drawing, "x (M, K) bf16", "y (M, N)", part, tile, splits=2, weight_first=False)
+    drawing.box(SUM, 36.4, 38.4, 19.4, 5, "sum of log2 sigma,\nsum of squares")
+    drawing.box(RESULT, 64.5, 38.4, 13.5, 5, "partial KL: 4 B\na program")
+    drawing.arrow(RESULT, 56, 40.9, 64.3, 40.9)
     drawing.save("forward")
 
 

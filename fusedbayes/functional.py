@@ -262,7 +262,7 @@ def bayes_linear(
     same_input: bool = False,
     estimator: Estimator = "shared",
 ) -> tuple[Tensor, Tensor | None]:
-    """Y = x W^T + b with W ~ N(weight_mu, softplus(weight_rho)^2), likewise b, and the KL of both.
+    """y = x W^T + b with W ~ N(weight_mu, softplus(weight_rho)^2), likewise b, and the KL of both.
 
     Estimators (docs/estimators.md says which to choose when):
 

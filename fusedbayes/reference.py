@@ -38,7 +38,7 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def sigma_from_rho(rho: Tensor) -> Tensor:
-    """Sigma = max(log(1 + exp(rho)), 2^-126), without overflow; the gradient below the floor is 0."""
+    """sigma = max(log(1 + exp(rho)), 2^-126), without overflow; the gradient below the floor is 0."""
     # Above its threshold softplus returns rho: at 40 that is exact in float64 too, at the default 20 it is not.
     return F.softplus(rho, threshold=40.0).clamp(min=SIGMA_FLOOR)
 

@@ -28,14 +28,14 @@ def _exp_and_sigma(rho):
 
 @triton.jit
 def sigma_from_rho(rho):
-    """Sigma = max(softplus(rho), 2^-126)."""
+    """sigma = max(softplus(rho), 2^-126)."""
     _, sigma = _exp_and_sigma(rho)
     return sigma
 
 
 @triton.jit
 def sigma_and_slope(rho):
-    """Sigma, and sigmoid(rho) / sigma, at most 1 where 1 / sigma would overflow; 0 below sigma's floor.
+    """sigma, and sigmoid(rho) / sigma, at most 1 where 1 / sigma would overflow; 0 below sigma's floor.
 
     With t = exp(-|rho|) it is (t if rho < 0 else 1) / (sigma (1 + t)).
     """

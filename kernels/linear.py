@@ -80,10 +80,11 @@ def _linear_forward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """y^T = W x^T + b over a split of the columns, the sampled tile on the tensor cores' M side.
+    """y = x W^T + b over a split of the columns, as it stands with X_FIRST, else transposed: y^T = W x^T + b.
 
-    Each of SAMPLES Monte Carlo samples draws its W from one mu and sigma, for its own batch of M rows. Of the other
-    estimators it is the pair of products, with the bias, that `combine` makes y of; see `step`.
+    The operand that comes first, the batch or the sampled tile, is on the tensor cores' M side. Each of SAMPLES Monte
+    Carlo samples draws its W from one mu and sigma, for its own batch of M rows. Of the other estimators it is the pair
+    of products, with the bias, that `combine` makes y of; see `step`.
 
     Grid: (cdiv(num_samples, SAMPLES) * cdiv(N, BLOCK_N), splits, cdiv(M, BLOCK_M)). Every tile of batch rows draws the
     same W; the first one's KL counts, and the first split adds the bias. 4 divides K and the shard's first column.

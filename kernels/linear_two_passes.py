@@ -55,7 +55,7 @@ def linear_in_two_passes(
 
 
 def _multiply(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Out = x W^T + b."""
+    """out = x W^T + b."""
     if bias is None:
         torch.mm(x, weight.t(), out=out)
     else:

@@ -28,7 +28,7 @@ from fusedbayes.kernels.sums import new_total, sum_in_order, value_of
 
 
 class Mixture(NamedTuple):
-    """Pi N(0, sigma_1^2) + (1 - pi) N(0, sigma_2^2), each a single number."""
+    """pi N(0, sigma_1^2) + (1 - pi) N(0, sigma_2^2), each a single number."""
 
     pi: Any
     sigma_1: Any

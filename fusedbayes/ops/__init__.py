@@ -20,10 +20,10 @@ from fusedbayes.ops import autograd, cpu, cuda, eager, fake
 # bayes_linear 1-D. Without with_kl no KL is computed, and the KL that is returned has no element; the prior is kept for
 # the backward pass all the same, so that a checkpointed forward saves the same tensors with and without. Likewise
 # gradients that are not needed, or of a bias that there is none of, have no element. A scale mixture is three numbers,
-# 0-d, that have no gradients. The rows of x are num_samples
-# batches, one for each Monte Carlo sample from `sample` on, or with same_input one batch for all of them. slope is what
-# the local estimator keeps for its backward pass, the outputs' derivative by their variance; of the other estimators it
-# has no element and the shape (0, num_samples), by which a checkpoint that is repeated for another number is found out.
+# 0-d, that have no gradients. The rows of x are num_samples batches, one for each Monte Carlo sample from `sample` on,
+# or with same_input one batch for all of them. slope is what the local estimator keeps for its backward pass, the
+# outputs' derivative by their variance; of the other estimators it has no element and the shape (0, num_samples), by
+# which a checkpoint that is repeated for another number is found out.
 _SCHEMAS = {
     "sample_weight": """(Tensor mu, Tensor rho, Tensor? prior_mu, Tensor? prior_sigma, Tensor seed, Tensor? sample,
         int[] address, ScalarType dtype, bool with_kl) -> (Tensor weight, Tensor kl)""",

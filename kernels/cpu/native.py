@@ -40,7 +40,7 @@ class Problem(NamedTuple):
     Attributes:
         rows: of the parameter.
         words: `Problem` of fused.cpp, from `columns` to its end.
-        held: the tensors that the words point to, kept alive.
+        held: what holds the memory that the words point to.
     """
 
     rows: int
