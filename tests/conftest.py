@@ -1,5 +1,6 @@
 """Shared set-up: where kernels run, poisoned memory, seeds and tolerances."""
 
+import importlib.util
 import os
 from collections.abc import Iterator
 
@@ -9,6 +10,10 @@ import torch
 if not torch.cuda.is_available():
     # Read when @triton.jit decorates, hence before the package is imported: kernels run in Triton's interpreter.
     os.environ["TRITON_INTERPRET"] = "1"
+    if importlib.util.find_spec("triton"):
+        from interpreted import patch_language_once
+
+        patch_language_once()
 # The tensors are tiny and the tests run side by side: a second thread each would only fight for the cores.
 torch.set_num_threads(1)
 

@@ -207,8 +207,8 @@ def assert_kl_close(actual: Tensor, expected: Tensor, *, weights: int) -> None:
     torch.testing.assert_close(actual.cpu().double(), expected, rtol=2.0**-22, atol=4 * ERROR_OF_A_KL * weights**0.5)
 
 
-def check_bayes_linear(problem: Problem, config: MatmulConfig | None, device: str) -> None:
-    """Compares y and KL of the launcher, run on `device`, with the operator in double precision."""
+def check_bayes_linear(problem: Problem, config: MatmulConfig | None, device: str) -> tuple[Tensor, Tensor]:
+    """Compares y and KL of the launcher, run on `device`, with the operator in double precision, and returns them."""
     y, kl, slope = kernels.bayes_linear(*problem.to(device).forward, config=config)
     expected_y, expected_kl, expected_slope = torch.ops.fusedbayes.bayes_linear(*problem.exact().forward)
     assert y.dtype == slope.dtype == problem.x.dtype
@@ -226,14 +226,16 @@ def check_bayes_linear(problem: Problem, config: MatmulConfig | None, device: st
         assert_kl_close(kl, expected_kl, weights=expected_y.shape[1] * (problem.x.shape[1] + 1))
     else:
         assert kl.shape == (0,)
+    return y, kl
 
 
-def check_input_gradient(problem: Problem, config: MatmulConfig | None, device: str) -> None:
+def check_input_gradient(problem: Problem, config: MatmulConfig | None, device: str) -> Tensor:
     """Likewise dX."""
     grad_x = kernels.bayes_linear_backward(*problem.to(device).backward_input, config=config)[0]
     expected, *_ = torch.ops.fusedbayes.bayes_linear_backward(*problem.exact().backward)
     assert grad_x.dtype == problem.grad_y.dtype
     assert_close(grad_x, expected, terms=problem.grad_y.shape[1], operands=problem.operands)
+    return grad_x
 
 
 def check_weight_gradients(problem: Problem, config: MatmulConfig | None, device: str) -> None:

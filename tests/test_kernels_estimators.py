@@ -15,14 +15,11 @@ ops = torch.ops.fusedbayes
 CASES = pytest.mark.parametrize(
     ("estimator", "num_samples"), [("shared", 3), ("local", 1), ("local", 3), ("flipout", 1), ("flipout", 3)]
 )
+SHAPE = (5, 21, 28)  # M, N, K: two tiles of outputs and of inputs, the second ragged
 SINGLE_PASS = MatmulConfig(16, 16, 16)
-CONFIGS = {
-    "single-pass": SINGLE_PASS,
-    "split": replace(SINGLE_PASS, splits=2),
-    "several-samples": replace(SINGLE_PASS, samples=2),  # of three: the last program repeats one
-    "two-passes": replace(SINGLE_PASS, single_pass=False),
-    "selected": None,
-}
+SPLIT = replace(SINGLE_PASS, splits=2)
+SEVERAL_SAMPLES = replace(SINGLE_PASS, samples=2)  # of three: the last program repeats one
+TWO_PASSES = replace(SINGLE_PASS, single_pass=False)
 
 
 def check(
@@ -30,7 +27,7 @@ def check(
     num_samples: int,
     config: MatmulConfig | None,
     device: str,
-    shape: tuple[int, int, int] = (5, 21, 44),
+    shape: tuple[int, int, int] = SHAPE,
     **options: object,
 ) -> None:
     problem = make_problem(shape, estimator=estimator, num_samples=num_samples, **options)
@@ -39,12 +36,34 @@ def check(
     check_weight_gradients(problem, config, device)
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+# Two steps of the selected configuration, too, which has a wider tile.
+@pytest.mark.parametrize(
+    ("config", "shape"),
+    [(SINGLE_PASS, SHAPE), (TWO_PASSES, SHAPE), (None, (5, 21, 44))],
+    ids=["single-pass", "two-passes", "selected"],
+)
 @CASES
 def test_results_and_gradients(
-    kernel_device: str, estimator: Estimator, num_samples: int, config: MatmulConfig | None
+    kernel_device: str,
+    estimator: Estimator,
+    num_samples: int,
+    config: MatmulConfig | None,
+    shape: tuple[int, int, int],
 ) -> None:
-    check(estimator, num_samples, config, kernel_device)
+    check(estimator, num_samples, config, kernel_device, shape)
+
+
+@CASES
+def test_splits(kernel_device: str, estimator: Estimator, num_samples: int) -> None:
+    """Of y over three tiles of inputs, so that the second has one less, and of dX over two of outputs."""
+    problem = make_problem((5, 21, 44), estimator=estimator, num_samples=num_samples)
+    check_bayes_linear(problem, SPLIT, kernel_device)
+    check_input_gradient(problem, SPLIT, kernel_device)
+
+
+def test_several_samples_of_a_program(kernel_device: str) -> None:
+    """Which only the forward pass of a shared weight has."""
+    check_bayes_linear(make_problem(SHAPE, num_samples=3), SEVERAL_SAMPLES, kernel_device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:])
@@ -84,10 +103,10 @@ def test_options(kernel_device: str, estimator: Estimator, num_samples: int, opt
     check(estimator, num_samples, SINGLE_PASS, kernel_device, **options)
 
 
-@pytest.mark.parametrize("config", [SINGLE_PASS, CONFIGS["two-passes"]], ids=["single-pass", "two-passes"])
+@pytest.mark.parametrize("config", [SINGLE_PASS, TWO_PASSES], ids=["single-pass", "two-passes"])
 @pytest.mark.parametrize("estimator", ["shared", "local", "flipout"])
 def test_one_input_for_all_samples(kernel_device: str, estimator: Estimator, config: MatmulConfig) -> None:
-    problem = make_problem((5, 21, 44), estimator=estimator, num_samples=3).to(kernel_device)
+    problem = make_problem(SHAPE, estimator=estimator, num_samples=3).to(kernel_device)
     x = problem.x[:5]
     x_at, *rest = problem._replace(x=x).forward
     same_input = [True if value is False else value for value in rest]
@@ -108,11 +127,11 @@ def test_zero_rows_have_no_slope(kernel_device: str) -> None:
 
 @pytest.mark.parametrize(("estimator", "num_samples"), [("shared", 3), ("local", 3), ("flipout", 3)])
 def test_a_run_repeats_bit_for_bit(kernel_device: str, estimator: Estimator, num_samples: int) -> None:
-    problem = make_problem((5, 21, 44), estimator=estimator, num_samples=num_samples).to(kernel_device)
+    problem = make_problem(SHAPE, estimator=estimator, num_samples=num_samples).to(kernel_device)
     runs = [
         (
-            *kernels.bayes_linear(*problem.forward, config=CONFIGS["split"]),
-            *kernels.bayes_linear_backward(*problem.backward, config=CONFIGS["split"]),
+            *kernels.bayes_linear(*problem.forward, config=SPLIT),
+            *kernels.bayes_linear_backward(*problem.backward, config=SPLIT),
         )
         for _ in range(2)
     ]

@@ -10,6 +10,7 @@ from triton.runtime.interpreter import GridExecutor
 
 from fusedbayes import kernels
 from fusedbayes.kernels import MatmulConfig
+from fusedbayes.kernels.sums import arrival_counters
 from fusedbayes.noise import draw_seed
 from fusedbayes.reference import Estimator
 
@@ -26,18 +27,14 @@ CONFIGS = {
 
 
 class Launches(TorchDispatchMode):
-    """Names of what would be launched on a GPU."""
+    """Names of what would be launched on a GPU; the kernels themselves do not run."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__()
         self.names: list[str] = []
-        call = GridExecutor.__call__
 
         def launch(executor: Any, *args: Any, **kwargs: Any) -> None:
             self.names.append(executor.fn.__name__)
-            length = len(self.names)
-            call(executor, *args, **kwargs)
-            del self.names[length:]  # the interpreter's own copies
 
         monkeypatch.setattr(GridExecutor, "__call__", launch)
 
@@ -61,7 +58,7 @@ def test_launches_of_a_layers_passes(
     if not config.single_pass and (estimator, num_samples) != ("shared", 1):
         pytest.skip("the library's products are launches for each sample")
     problem = make_problem((17, 32, 36), estimator=estimator, num_samples=num_samples)
-    kernels.bayes_linear(*problem.forward, config=config)  # the arrival counter is there from now on
+    arrival_counters(problem.x, 1)  # there from now on
     with Launches(monkeypatch) as forward:
         problem = problem._replace(seed=draw_seed(problem.x.device))
         kernels.bayes_linear(*problem.forward, config=config)
