@@ -72,6 +72,6 @@ def variational_parameters(model: nn.Module) -> Iterator[VariationalParameter]:
         for name in layer.names():
             parameter = VariationalParameter(layer_name, layer, name)
             first = owners.setdefault(parameter.key, parameter)
-            if layer.draws_all and not first.layer.draws_all:
+            if first is not parameter and layer.draws_all and not first.layer.draws_all:
                 owners[parameter.key] = parameter
     yield from owners.values()

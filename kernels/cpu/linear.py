@@ -21,15 +21,20 @@ class _Workspace(threading.local):
 
     def __init__(self) -> None:
         self._memory: dict[tuple[torch.dtype, int], Tensor] = {}
+        self._views: dict[tuple[int, int, torch.dtype, int], Tensor] = {}  # of it, by shape
 
     def block(self, rows: int, columns: int, dtype: torch.dtype, number: int = 0) -> Tensor:
         """Memory until the thread asks for the next block of this number; more than BLOCK weights' is not kept."""
+        key = (rows, columns, dtype, number)
+        if key in self._views:
+            return self._views[key]
         if rows * columns > BLOCK:
             return torch.empty(rows, columns, dtype=dtype, device="cpu")
-        if (dtype, number) not in self._memory:
-            with torch.inference_mode(False):  # where it is made must not decide who may write to it later
+        with torch.inference_mode(False):  # where it is made must not decide who may write to it later
+            if (dtype, number) not in self._memory:
                 self._memory[dtype, number] = torch.empty(BLOCK, dtype=dtype, device="cpu")
-        return self._memory[dtype, number].as_strided((rows, columns), (columns, 1))
+            self._views[key] = self._memory[dtype, number].as_strided((rows, columns), (columns, 1))
+        return self._views[key]
 
 
 _workspace = _Workspace()
