@@ -7,7 +7,7 @@ WORKERS ?= 2
 PEERS := bayesian-torch torchbnn blitz-bayesian-pytorch torch-uncertainty
 RECORDS := .benchmarks/quick.jsonl
 
-.PHONY: demo test lint bench bench-compare sanitize clean
+.PHONY: demo test audit lint bench bench-compare sanitize clean
 
 # torch comes first and by its exact version, which finds a CPU build where there is one.
 .venv/installed: constraints.txt pyproject.toml setup.py kernels/cpu/fused.cpp kernels/cpu/passes.h kernels/cpu/mixture.h
@@ -20,7 +20,10 @@ demo: .venv/installed
 	$(BIN)/python examples/digits.py
 
 test: .venv/peers
-	$(BIN)/pytest -n $(WORKERS)
+	$(BIN)/pytest -n $(WORKERS) -m "not audit"
+
+audit: .venv/installed
+	$(BIN)/pytest -m audit tests/test_audit.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .

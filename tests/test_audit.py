@@ -52,6 +52,7 @@ def facts(kernel: str = "_linear_forward_kernel", operands: str = "bf16", *trait
     return dataclasses.replace(within, **changes)
 
 
+@pytest.mark.audit
 def test_kernels_keep_their_budgets_on_every_target(tmp_path: Path) -> None:
     # In this process Triton may be interpreting.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
