@@ -266,6 +266,25 @@ def test_inference_mode() -> None:
     assert_equal(kl, kl_loss(model))
 
 
+@pytest.mark.parametrize("of_kl", [False, True], ids=["loss", "KL alone"])
+@pytest.mark.parametrize("name", ["weight_mu", "weight_rho", "bias_mu", "bias_rho"])
+def test_a_parameter_of_another_shape_before_the_backward_pass_is_refused(name: str, of_kl: bool) -> None:
+    layer = BayesLinear(5, 7)
+    output = ELBO(layer, lambda y, _: y.square().mean(), num_data=1)(torch.randn(4, 5), None)
+    getattr(layer, name).data = torch.zeros(2, 3)
+    with pytest.raises(RuntimeError, match="has changed its shape since the forward pass"):
+        (output.kl if of_kl else output.loss).backward()
+
+
+def test_a_parameter_whose_memory_is_gone_is_refused() -> None:
+    layer, x = BayesLinear(5, 7), torch.randn(4, 5)
+    y = layer(x)
+    layer.weight_rho.untyped_storage().resize_(0)
+    for use in (lambda: layer(x), lambda: y.sum().backward(), lambda: kl_loss(layer)):
+        with pytest.raises(RuntimeError, match=r"has lost its memory|out of bounds for storage"):
+            use()
+
+
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_a_backward_pass_in_inference_mode_leaves_nothing_behind(estimator: Estimator) -> None:
     """What a thread keeps for its next layers is made by whichever comes first: here it has nothing yet."""

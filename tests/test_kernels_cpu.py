@@ -374,3 +374,18 @@ def test_threads_flush_denormals_if_the_caller_does(threads: None) -> None:
     finally:
         torch.set_flush_denormal(False)
     assert all(torch.equal(first, other) for other in others)
+
+
+def test_a_layer_within_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a signal handler or a finalizer may run one, between any two steps of another one."""
+    problem, addmm = make_problem((4, 6, 8)), torch.addmm
+    outer, inner = problem.forward, problem._replace(seed=problem.seed + 1).forward
+    expected = cpu.bayes_linear(*outer)[0]
+
+    def interrupted(*arguments: Any, **options: Any) -> Tensor:
+        monkeypatch.setattr(torch, "addmm", addmm)
+        cpu.bayes_linear(*inner)
+        return addmm(*arguments, **options)
+
+    monkeypatch.setattr(torch, "addmm", interrupted)
+    assert torch.equal(cpu.bayes_linear(*outer)[0], expected)

@@ -68,6 +68,19 @@ class _Operator(torch.autograd.Function):
         return tuple(next(grads) if needed else None for needed in ctx.needs_input_grad)
 
 
+def _check_still(shape: Sequence[int], **parameters: Tensor | None) -> None:
+    """Raises RuntimeError unless the parameters have this shape, as they had in the forward pass.
+
+    Whoever assigns their ``.data`` or unpacks them otherwise can change that unseen; a kernel would write anywhere.
+    """
+    for name, tensor in parameters.items():
+        if tensor is not None and tensor.shape != shape:
+            raise RuntimeError(
+                f"{name} has changed its shape since the forward pass: expected {tuple(shape)}, got "
+                f"{tuple(tensor.shape)}"
+            )
+
+
 class _SampleWeight(_Operator):
     name = "sample_weight"
 
@@ -83,6 +96,8 @@ class _SampleWeight(_Operator):
         if torch.is_grad_enabled():
             return _Operator.differentiable_backward(ctx, _SampleWeight.name, grad_weight, grad_kl)
         address, *_ = ctx.rest
+        mu, rho = ctx.saved_tensors[:2]
+        _check_still(mu.shape if grad_weight is None else grad_weight.shape, mu=mu, rho=rho)
         grads = _call("sample_weight_backward", grad_weight, grad_kl, *ctx.saved_tensors, address)
         return *grads, *[None] * 7
 
@@ -99,6 +114,8 @@ class _WeightKL(_Operator):
         if torch.is_grad_enabled():
             return _Operator.differentiable_backward(ctx, _WeightKL.name, grad_kl)
         noise = (None, None, (0, 0, 0))
+        mu, rho = ctx.saved_tensors[:2]
+        _check_still(mu.shape, rho=rho)
         grads = _call("sample_weight_backward", None, grad_kl, *ctx.saved_tensors, *noise)
         return *grads, None, None
 
@@ -116,6 +133,8 @@ class _ScaleMixtureKL(_Operator):
             return _Operator.differentiable_backward(ctx, _ScaleMixtureKL.name, grad_kl)
         if grad_kl is None:
             return (None,) * 8
+        mu, rho = ctx.saved_tensors[:2]
+        _check_still(mu.shape, rho=rho)
         grads = _call("scale_mixture_kl_backward", grad_kl, *ctx.saved_tensors, *ctx.rest)
         return *grads, *[None] * 6
 
@@ -138,6 +157,9 @@ class _BayesLinear(_Operator):
         *addresses, num_samples, same_input, estimator, _ = ctx.rest
         needs_x, *needed = ctx.needs_input_grad
         needs_weight, needs_bias = needed[0] or needed[1], needed[4] or needed[5]
+        shape = weight[0].shape if grad_y is None else (grad_y.shape[1], x.shape[1])
+        _check_still(shape, weight_mu=weight[0], weight_rho=weight[1])
+        _check_still(shape[:1], bias_mu=bias[0], bias_rho=bias[1])
         if grad_y is None:
             grads = *_kl_gradients(grad_kl, weight, needs_weight), *_kl_gradients(grad_kl, bias, needs_bias)
             return None, *grads, *[None] * 8

@@ -17,18 +17,29 @@ BLOCK = 1 << 20
 
 
 class _Workspace(threading.local):
-    """Each thread's memory for a block of W, kept: fresh memory costs as much time as drawing the block."""
+    """Each thread's memory for a block of W, kept: fresh memory costs as much time as drawing the block.
+
+    Within a ``with`` the memory is taken. Who comes then is a signal handler or a finalizer that runs a layer while
+    another one computes, and gets memory of its own.
+    """
 
     def __init__(self) -> None:
         self._memory: dict[tuple[torch.dtype, int], Tensor] = {}
         self._views: dict[tuple[int, int, torch.dtype, int], Tensor] = {}  # of it, by shape
+        self._depth = 0
+
+    def __enter__(self) -> None:
+        self._depth += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._depth -= 1
 
     def block(self, rows: int, columns: int, dtype: torch.dtype, number: int = 0) -> Tensor:
         """Memory until the thread asks for the next block of this number; more than BLOCK weights' is not kept."""
         key = (rows, columns, dtype, number)
-        if key in self._views:
+        if self._depth == 1 and key in self._views:
             return self._views[key]
-        if rows * columns > BLOCK:
+        if self._depth > 1 or rows * columns > BLOCK:
             return torch.empty(rows, columns, dtype=dtype, device="cpu")
         with torch.inference_mode(False):  # where it is made must not decide who may write to it later
             if (dtype, number) not in self._memory:
@@ -126,16 +137,17 @@ def bayes_linear(
     kl, drawn = _draw_bias(layer, batches, x.dtype, with_kl)
     second_x = x if estimator == "shared" else second_operands(x, None, None, layer.row_noise(M), estimator)[0]
     product = x.new_empty(total, N)
-    for columns in _blocks(N, K):
-        sampled = _workspace.block(columns.stop - columns.start, K, x.dtype)
-        for (rows, _), problem, b in zip(batches, problems, drawn, strict=True):
-            kl += library().forward(problem, layer.output, sampled, columns)
-            operand = second_x if second_x.shape[0] == rows.stop - rows.start else second_x[rows]
-            out = _part(_part(product, 0, rows), 1, columns)
-            if b is None or estimator == "flipout":
-                torch.mm(operand, sampled.t(), out=out)
-            else:
-                torch.addmm(_part(b, 0, columns), operand, sampled.t(), out=out)
+    with _workspace:
+        for columns in _blocks(N, K):
+            sampled = _workspace.block(columns.stop - columns.start, K, x.dtype)
+            for (rows, _), problem, b in zip(batches, problems, drawn, strict=True):
+                kl += library().forward(problem, layer.output, sampled, columns)
+                operand = second_x if second_x.shape[0] == rows.stop - rows.start else second_x[rows]
+                out = _part(_part(product, 0, rows), 1, columns)
+                if b is None or estimator == "flipout":
+                    torch.mm(operand, sampled.t(), out=out)
+                else:
+                    torch.addmm(_part(b, 0, columns), operand, sampled.t(), out=out)
     charge = kl_tensor(kl, weight_mu, with_kl)
     if estimator == "shared":
         return product, charge, x.new_empty(0, num_samples)
@@ -267,28 +279,29 @@ def _pass(
         for index, batch in enumerate(batches)
     ]
     charged = slice(0, x.shape[0]) if pair else batches[0].rows
-    # Sums of many blocks' products must not be rounded to 16 bits in between: one block then.
-    for columns in _blocks(N, K) if grad_y.dtype == torch.float32 else (slice(0, N),):
-        size = columns.stop - columns.start
-        sampled = None if grad_x is None else _workspace.block(size, K, x.dtype)
-        if product is not None:
-            grad_columns = _part(_part(grad_y, 0, charged), 1, columns)
-            torch.mm(grad_columns.t(), _part(x, 0, charged), out=_part(product, 0, columns))
-        for index, ((rows, _), problem) in enumerate(zip(batches, problems, strict=True)):
-            grad_columns, grad_sampled = _part(_part(second_grad, 0, rows), 1, columns), None
-            if grads is not None and (pair or index > 0):
-                grad_sampled = _workspace.block(size, K, x.dtype, 1)
-                torch.mm(grad_columns.t(), _part(second_x, 0, rows), out=grad_sampled)
-            if grads is not None:
-                library().backward(problem, layer.output, sampled, grad_sampled, columns)
-            elif sampled is not None:
-                library().forward(problem, layer.output, sampled, columns)
-            if grad_x is not None and sampled is not None:
-                out = _part(grad_x, 0, rows)
-                if columns.start == 0:
-                    torch.mm(grad_columns, sampled, out=out)
-                else:
-                    out.addmm_(grad_columns, sampled)
+    with _workspace:
+        # Sums of many blocks' products must not be rounded to 16 bits in between: one block then.
+        for columns in _blocks(N, K) if grad_y.dtype == torch.float32 else (slice(0, N),):
+            size = columns.stop - columns.start
+            sampled = None if grad_x is None else _workspace.block(size, K, x.dtype)
+            if product is not None:
+                grad_columns = _part(_part(grad_y, 0, charged), 1, columns)
+                torch.mm(grad_columns.t(), _part(x, 0, charged), out=_part(product, 0, columns))
+            for index, ((rows, _), problem) in enumerate(zip(batches, problems, strict=True)):
+                grad_columns, grad_sampled = _part(_part(second_grad, 0, rows), 1, columns), None
+                if grads is not None and (pair or index > 0):
+                    grad_sampled = _workspace.block(size, K, x.dtype, 1)
+                    torch.mm(grad_columns.t(), _part(second_x, 0, rows), out=grad_sampled)
+                if grads is not None:
+                    library().backward(problem, layer.output, sampled, grad_sampled, columns)
+                elif sampled is not None:
+                    library().forward(problem, layer.output, sampled, columns)
+                if grad_x is not None and sampled is not None:
+                    out = _part(grad_x, 0, rows)
+                    if columns.start == 0:
+                        torch.mm(grad_columns, sampled, out=out)
+                    else:
+                        out.addmm_(grad_columns, sampled)
 
 
 def _bias_gradients(

@@ -54,13 +54,23 @@ ABSENT = (0, 0, 0, 0, 0)
 _WORDS = struct.Struct("@62q")
 
 
+def pointer(tensor: torch.Tensor | None) -> int:
+    """Where the tensor's elements begin; 0 if there is no tensor."""
+    if tensor is None:
+        return 0
+    begin = tensor.data_ptr()
+    if begin == 0 and tensor.numel() > 0:
+        raise RuntimeError(f"a tensor of shape {tuple(tensor.shape)} has lost its memory: its storage was resized")
+    return begin
+
+
 def operand(tensor: torch.Tensor | None, first_row: int = 0) -> tuple[int, ...]:
     """The words of an `Operand` of fused.cpp: a matrix, a vector as one row, or a number that fills it."""
     if tensor is None:
         return ABSENT
     strides = tensor.stride()
     row, column = strides if len(strides) == 2 else (0, *strides) if strides else (0, 0)
-    return tensor.data_ptr(), _TYPES[tensor.dtype], row, column, first_row
+    return pointer(tensor), _TYPES[tensor.dtype], row, column, first_row
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedbayes.kernels.cpu.native import ABSENT, Output, Problem, library, operand
+from fusedbayes.kernels.cpu.native import ABSENT, Output, Problem, library, operand, pointer
 
 
 class Parameter(NamedTuple):
@@ -64,7 +64,7 @@ def make_problem(
         grad_kl = None if mixture is None else grad_kl
     elif prior_mu.dim() == prior_sigma.dim() == 0:
         prior_mu, prior_sigma, scalar_prior = prior_mu.float(), prior_sigma.float(), True
-        prior = (prior_mu.data_ptr(), *_NUMBER, prior_sigma.data_ptr(), *_NUMBER)
+        prior = (pointer(prior_mu), *_NUMBER, pointer(prior_sigma), *_NUMBER)
     else:
         prior_mu, prior_sigma = (_by_rows(given.expand(shape)) for given in (prior_mu, prior_sigma))
         prior = operand(prior_mu) + operand(prior_sigma)
@@ -72,11 +72,11 @@ def make_problem(
     grad_product = None if grad_product is None else _by_rows(grad_product)
     noise = _NO_NOISE
     if key is not None:
-        noise = (key.seed.data_ptr(), _address(key.sample), *key.address, _address(key.rows))
+        noise = (pointer(key.seed), pointer(key.sample), *key.address, pointer(key.rows))
     gradients = operand(grad_product) + operand(grad_mu) + operand(grad_rho) if grad_mu is not None else _NO_GRADIENTS
     words = (
         *(columns, scalar_prior, *operand(mu), *operand(rho), *prior),
-        *(*noise, _address(grad_kl), *gradients, accumulate, _address(mixture)),
+        *(*noise, pointer(grad_kl), *gradients, accumulate, pointer(mixture)),
     )
     held = (mu, rho, prior_mu, prior_sigma, grad_kl, grad_product, grad_mu, grad_rho, mixture, key)
     return Problem(rows, words, held)
@@ -86,10 +86,6 @@ _NUMBER = (0, 0, 0, 0)  # what `operand` says of a number in float32 beside its 
 _NO_PRIOR: tuple[int, ...] = ABSENT * 2
 _NO_GRADIENTS: tuple[int, ...] = ABSENT * 3
 _NO_NOISE: tuple[int, ...] = (0,) * 6
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _by_rows(tensor: Tensor) -> Tensor:
