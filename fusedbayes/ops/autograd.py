@@ -96,9 +96,9 @@ class _SampleWeight(_Operator):
         if torch.is_grad_enabled():
             return _Operator.differentiable_backward(ctx, _SampleWeight.name, grad_weight, grad_kl)
         address, *_ = ctx.rest
-        mu, rho = ctx.saved_tensors[:2]
+        mu, rho, *rest = ctx.saved_tensors  # once: a checkpoint gives them once
         _check_still(mu.shape if grad_weight is None else grad_weight.shape, mu=mu, rho=rho)
-        grads = _call("sample_weight_backward", grad_weight, grad_kl, *ctx.saved_tensors, address)
+        grads = _call("sample_weight_backward", grad_weight, grad_kl, mu, rho, *rest, address)
         return *grads, *[None] * 7
 
 
@@ -114,9 +114,9 @@ class _WeightKL(_Operator):
         if torch.is_grad_enabled():
             return _Operator.differentiable_backward(ctx, _WeightKL.name, grad_kl)
         noise = (None, None, (0, 0, 0))
-        mu, rho = ctx.saved_tensors[:2]
+        mu, rho, *rest = ctx.saved_tensors
         _check_still(mu.shape, rho=rho)
-        grads = _call("sample_weight_backward", None, grad_kl, *ctx.saved_tensors, *noise)
+        grads = _call("sample_weight_backward", None, grad_kl, mu, rho, *rest, *noise)
         return *grads, None, None
 
 
@@ -133,9 +133,9 @@ class _ScaleMixtureKL(_Operator):
             return _Operator.differentiable_backward(ctx, _ScaleMixtureKL.name, grad_kl)
         if grad_kl is None:
             return (None,) * 8
-        mu, rho = ctx.saved_tensors[:2]
+        mu, rho, *rest = ctx.saved_tensors
         _check_still(mu.shape, rho=rho)
-        grads = _call("scale_mixture_kl_backward", grad_kl, *ctx.saved_tensors, *ctx.rest)
+        grads = _call("scale_mixture_kl_backward", grad_kl, mu, rho, *rest, *ctx.rest)
         return *grads, *[None] * 6
 
 
