@@ -21,10 +21,8 @@ def _call(name: str, *arguments: Any) -> Any:
 
 
 def _below_autograd(name: str, *arguments: Any) -> Any:
-    if (kernel := cpu.direct(name, arguments)) is not None:
-        return kernel(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
-        return getattr(torch.ops.fusedbayes, name).default(*arguments)
+        return _call(name, *arguments)
 
 
 def _dispatch(function: type["_Operator"], *arguments: Any) -> Any:
@@ -81,6 +79,13 @@ def _check_still(shape: Sequence[int], **parameters: Tensor | None) -> None:
             )
 
 
+def _saved(ctx: Any, shape: Sequence[int] | None = None) -> tuple[Tensor, ...]:
+    """What was kept, mu and rho first, unpacked once: a checkpoint gives it once. Of this shape, or of mu's both."""
+    mu, rho, *rest = ctx.saved_tensors
+    _check_still(mu.shape if shape is None else shape, mu=mu, rho=rho)
+    return mu, rho, *rest
+
+
 class _SampleWeight(_Operator):
     name = "sample_weight"
 
@@ -96,9 +101,8 @@ class _SampleWeight(_Operator):
         if torch.is_grad_enabled():
             return _Operator.differentiable_backward(ctx, _SampleWeight.name, grad_weight, grad_kl)
         address, *_ = ctx.rest
-        mu, rho, *rest = ctx.saved_tensors  # once: a checkpoint gives them once
-        _check_still(mu.shape if grad_weight is None else grad_weight.shape, mu=mu, rho=rho)
-        grads = _call("sample_weight_backward", grad_weight, grad_kl, mu, rho, *rest, address)
+        saved = _saved(ctx, None if grad_weight is None else grad_weight.shape)
+        grads = _call("sample_weight_backward", grad_weight, grad_kl, *saved, address)
         return *grads, *[None] * 7
 
 
@@ -114,9 +118,7 @@ class _WeightKL(_Operator):
         if torch.is_grad_enabled():
             return _Operator.differentiable_backward(ctx, _WeightKL.name, grad_kl)
         noise = (None, None, (0, 0, 0))
-        mu, rho, *rest = ctx.saved_tensors
-        _check_still(mu.shape, rho=rho)
-        grads = _call("sample_weight_backward", None, grad_kl, mu, rho, *rest, *noise)
+        grads = _call("sample_weight_backward", None, grad_kl, *_saved(ctx), *noise)
         return *grads, None, None
 
 
@@ -133,9 +135,7 @@ class _ScaleMixtureKL(_Operator):
             return _Operator.differentiable_backward(ctx, _ScaleMixtureKL.name, grad_kl)
         if grad_kl is None:
             return (None,) * 8
-        mu, rho, *rest = ctx.saved_tensors
-        _check_still(mu.shape, rho=rho)
-        grads = _call("scale_mixture_kl_backward", grad_kl, mu, rho, *rest, *ctx.rest)
+        grads = _call("scale_mixture_kl_backward", grad_kl, *_saved(ctx), *ctx.rest)
         return *grads, *[None] * 6
 
 

@@ -25,7 +25,6 @@ class _Workspace(threading.local):
 
     def __init__(self) -> None:
         self._memory: dict[tuple[torch.dtype, int], Tensor] = {}
-        self._views: dict[tuple[int, int, torch.dtype, int], Tensor] = {}  # of it, by shape
         self._depth = 0
 
     def __enter__(self) -> None:
@@ -36,16 +35,12 @@ class _Workspace(threading.local):
 
     def block(self, rows: int, columns: int, dtype: torch.dtype, number: int = 0) -> Tensor:
         """Memory until the thread asks for the next block of this number; more than BLOCK weights' is not kept."""
-        key = (rows, columns, dtype, number)
-        if self._depth == 1 and key in self._views:
-            return self._views[key]
         if self._depth > 1 or rows * columns > BLOCK:
             return torch.empty(rows, columns, dtype=dtype, device="cpu")
-        with torch.inference_mode(False):  # where it is made must not decide who may write to it later
-            if (dtype, number) not in self._memory:
+        if (dtype, number) not in self._memory:
+            with torch.inference_mode(False):  # where it is made must not decide who may write to it later
                 self._memory[dtype, number] = torch.empty(BLOCK, dtype=dtype, device="cpu")
-            self._views[key] = self._memory[dtype, number].as_strided((rows, columns), (columns, 1))
-        return self._views[key]
+        return self._memory[dtype, number].as_strided((rows, columns), (columns, 1))
 
 
 _workspace = _Workspace()
