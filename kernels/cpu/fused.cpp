@@ -23,6 +23,7 @@
 #endif
 
 #define INLINE inline __attribute__((always_inline))
+#define NOINLINE __attribute__((noinline))
 
 namespace {
 
@@ -78,6 +79,9 @@ constexpr int64_t CHUNK = 16 * 1024;  // weights that a thread takes at a time, 
 constexpr float SIGMA_FLOOR = 0x1p-126f;
 constexpr float LN_2 = 0.69314718f, LN_2_HIGH = 0x1.62e4p-1f, LN_2_LOW = 1.4286068e-06f, LOG2_E = 1.44269504f;
 constexpr float ROUND_TO_INTEGER = 0x1.8p23f;  // added and taken off again
+
+constexpr std::true_type WITH_KL, SCALAR_PRIOR;
+constexpr std::false_type WITHOUT_KL, TENSOR_PRIOR;
 
 }  // namespace
 

@@ -10,7 +10,8 @@ namespace isa {
 INLINE void weigh(const Mixture& m, Floats w, Floats& d, Floats& e) {
     const float sum = m.narrow_inverse + m.wide_inverse, difference = m.narrow_inverse - m.wide_inverse;
     d = w * (0.5f * difference) * (w * sum) + m.log_odds;
-    e = exponential(minus_absolute(d));
+    const Floats x = minus_absolute(d);
+    exponentials<1>(&x, &e);
 }
 
 // log q(w) - log p(w) = (w^2 / wide^2 - eps^2) / 2 - log(sigma (1 + e) / wide) - max(-d, 0) - log share, summed.
@@ -27,8 +28,9 @@ INLINE double mixture_forward(const Problem& p, const Piece& piece) {
         const int end = TAIL ? piece.padded : column + GROUP;
         for (int i = column; i < end; i += LANES) {
             const Floats eps = load(eps_of + i);
+            const Floats r = load(rho + i);
             Floats t, sigma, d, e;
-            exp_and_sigma(load(rho + i), t, sigma);
+            exps_and_sigmas<1>(&r, &t, &sigma);
             const Floats w = load(mu + i) + sigma * eps;
             weigh(m, w, d, e);
             const Floats scaled = w * m.wide_inverse;
@@ -59,7 +61,7 @@ INLINE void mixture_backward(const Problem& p, const Piece& piece) {
     for (int i = 0; i < piece.padded; i += LANES) {
         const Floats r = load(rho + i), eps = load(eps_of + i);
         Floats t, sigma, d, e;
-        exp_and_sigma(r, t, sigma);
+        exps_and_sigmas<1>(&r, &t, &sigma);
         const Floats w = load(mu + i) + sigma * eps;
         weigh(m, w, d, e);
         const Floats larger = 1.0f / (1.0f + e), smaller = e * larger;

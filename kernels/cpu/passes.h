@@ -1,6 +1,9 @@
 // The fused passes for one instruction set: fused.cpp includes this file once for each, with LANES and `isa` defined.
 //
 // A vector holds LANES floats. Philox works on 64-bit lanes, half as many, because a product of 32-bit words fills one.
+//
+// Everything here is a long chain of steps that each wait for the one before, and a processor looks ahead by less than
+// one chain. So chains are computed side by side, step by step: EACH does a step of `N` of them.
 
 namespace {
 namespace isa {
@@ -11,6 +14,8 @@ typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 typedef uint64_t Wides __attribute__((vector_size(4 * LANES)));
 
 constexpr int GROUP = 4 * LANES;  // columns that one step draws: LANES quads
+
+#define EACH for (int k = 0; k < N; k++)
 
 INLINE Floats fill(float value) { return Floats{} + value; }
 
@@ -52,6 +57,39 @@ INLINE Floats square_root(Floats x) {
 #endif
 }
 
+// a > b ? a : b, so b where either is a NaN.
+INLINE Floats maximum(Floats a, Floats b) {
+#if LANES == 16
+    return (Floats)_mm512_max_ps((__m512)a, (__m512)b);
+#elif LANES == 8
+    return (Floats)_mm256_max_ps((__m256)a, (__m256)b);
+#elif defined(__x86_64__)
+    return (Floats)_mm_max_ps((__m128)a, (__m128)b);
+#else
+    return a > b ? a : b;
+#endif
+}
+
+// x 2^n of the integer n, given as n + ROUND_TO_INTEGER.
+INLINE Floats times_power_of_two(Floats x, Floats shifted) {
+#if LANES == 16
+    return (Floats)_mm512_scalef_ps((__m512)x, (__m512)(shifted - ROUND_TO_INTEGER));
+#else
+    return x * (Floats)(((Ints)shifted + 127) << 23);
+#endif
+}
+
+// The low halves of the lanes of both in turn.
+INLINE Words low_halves(Wides even, Wides odd) {
+#if LANES == 16
+    return (Words)_mm512_mask_shuffle_epi32((__m512i)even, 0xaaaa, (__m512i)odd, _MM_PERM_CCAA);
+#elif LANES == 8
+    return (Words)_mm256_blend_epi32((__m256i)even, _mm256_shuffle_epi32((__m256i)odd, _MM_SHUFFLE(2, 2, 0, 0)), 0xaa);
+#else
+    return (Words)(even & 0xffffffff) | (Words)(odd << 32);
+#endif
+}
+
 // Four vectors seen as LANES / 4 blocks of 4 x 4: each block is transposed in its place.
 INLINE void transpose_blocks(Floats& a, Floats& b, Floats& c, Floats& d) {
 #if LANES == 16
@@ -90,86 +128,98 @@ INLINE Words quads_of_lanes() {
 
 // Philox4x32-7 at counters (quads, row, sample, stream): fusedbayes.noise.philox_words, word for word.
 INLINE void philox(const Noise& noise, Words quads, uint32_t row, Words words[4]) {
-    for (int odd = 0; odd < 2; odd++) {
-        Wides x0 = odd ? (Wides)quads >> 32 : (Wides)quads & 0xffffffff;
-        Wides x1 = Wides{} + row, x2 = Wides{} + noise.sample, x3 = Wides{} + noise.stream;
-        uint32_t key0 = noise.key0, key1 = noise.key1;
-        for (int round = 0; round < 7; round++) {
-            const Wides first = multiply_wide(x0, 0xD2511F53), second = multiply_wide(x2, 0xCD9E8D57);
-            // What the upper halves of x1 and x3 hold never comes back: products read the lower halves only.
-            x0 = (second >> 32) ^ (x1 ^ key0), x1 = second, x2 = (first >> 32) ^ (x3 ^ key1), x3 = first;
-            key0 += 0x9E3779B9, key1 += 0xBB67AE85;
-        }
-        const Wides last[4] = {x0, x1, x2, x3};
-        for (int i = 0; i < 4; i++) {
-            words[i] = odd ? words[i] | (Words)(last[i] << 32) : (Words)(last[i] & 0xffffffff);
-        }
+    constexpr int N = 2;  // the quads of even and of odd lanes
+    // Of each 64-bit lane the lower half counts: products read no other, and what the upper halves of x1 and x3 hold
+    // never comes down.
+    Wides x0[N] = {(Wides)quads, (Wides)quads >> 32}, x1[N], x2[N], x3[N], first[N], second[N];
+    EACH x1[k] = Wides{} + row, x2[k] = Wides{} + noise.sample, x3[k] = Wides{} + noise.stream;
+    uint32_t key0 = noise.key0, key1 = noise.key1;
+    for (int round = 0; round < 7; round++) {
+        EACH first[k] = multiply_wide(x0[k], 0xD2511F53);
+        EACH second[k] = multiply_wide(x2[k], 0xCD9E8D57);
+        EACH x0[k] = (second[k] >> 32) ^ (x1[k] ^ key0), x1[k] = second[k];
+        EACH x2[k] = (first[k] >> 32) ^ (x3[k] ^ key1), x3[k] = first[k];
+        key0 += 0x9E3779B9, key1 += 0xBB67AE85;
     }
+    words[0] = low_halves(x0[0], x0[1]), words[1] = low_halves(x1[0], x1[1]);
+    words[2] = low_halves(x2[0], x2[1]), words[3] = low_halves(x3[0], x3[1]);
 }
 
-// ln x for normal x > 0, relative error 2.7e-7 also where it is near 0: x = 2^e m with m in [sqrt 1/2, sqrt 2), and
-// ln(1 + f) = f - f^2/2 + f^3 P(f) with the nearest P of degree 5.
+// FACTOR ln x for normal x > 0, relative error 2.7e-7 also where it is near 0: x = 2^e m with m in [sqrt 1/2, sqrt 2), and
+// ln(1 + f) = f - f^2/2 + f^3 P(f) with the nearest P of degree 5. A power of two as FACTOR costs nothing.
+template <int FACTOR = 1>
 INLINE Floats logarithm(Floats x) {
     const Ints shifted = (Ints)x - 0x3f3504f3;
     const Floats f = (Floats)((shifted & 0x7fffff) + 0x3f3504f3) - 1.0f;
     const Floats exponent = __builtin_convertvector(shifted >> 23, Floats);
-    Floats p = f * -0.10191730623118815f + 0.16024381068051913f;
-    p = p * f - 0.17137126990476428f;
-    p = p * f + 0.19924503443300065f;
-    p = p * f - 0.24983266956121186f;
-    p = p * f + 0.33334245712862864f;
+    Floats p = f * (FACTOR * -0.10191730623118815f) + FACTOR * 0.16024381068051913f;
+    p = p * f - FACTOR * 0.17137126990476428f;
+    p = p * f + FACTOR * 0.19924503443300065f;
+    p = p * f - FACTOR * 0.24983266956121186f;
+    p = p * f + FACTOR * 0.33334245712862864f;
     const Floats square = f * f;
-    return exponent * LN_2 + (f - 0.5f * square + p * f * square);
+    return exponent * (FACTOR * LN_2) + (f * float(FACTOR) - FACTOR * 0.5f * square + p * f * square);
 }
 
-// Two standard normals of two words: u = x0 2^-32 + 2^-33, theta = pi int32(x1) 2^-31, z = sqrt(-2 ln u) (cos, sin) theta.
-INLINE void box_muller(Words radius_word, Words angle_word, Floats& z0, Floats& z1) {
-    const Floats u = __builtin_convertvector(radius_word, Floats) * 0x1p-32f + 0x1p-33f;
-    const Floats radius = square_root(-2.0f * logarithm(u));
-    // theta = quarter pi / 2 + pi f with |f| <= 1/4; integers, so f is exact until it becomes a float.
-    const Ints quarter = (Ints)(angle_word + 0x20000000u) >> 30;
-    const Floats f = __builtin_convertvector((Ints)(angle_word - ((Words)quarter << 30)), Floats) * 0x1p-31f;
-    const Floats square = f * f;
-    Floats sine = square * -0.5878130032902308f + 2.549628895227317f;  // sin(pi f) / f, error of the sine 1.2e-9
-    sine = sine * square - 5.167703505345169f;
-    sine = (sine * square + 3.1415926101709757f) * f;
-    Floats cosine = square * -1.3061351340390543f + 4.057578368256351f;  // cos(pi f), error 2.8e-8
-    cosine = cosine * square - 4.934788058942362f;
-    cosine = cosine * square + 0.9999999724385383f;
-    const Ints odd = (quarter & 1) != 0;
-    const Words sign_cosine = (Words)(quarter + 1) << 30 & 0x80000000u, sign_sine = (Words)quarter << 30 & 0x80000000u;
-    z0 = radius * (Floats)((Words)(odd ? sine : cosine) ^ sign_cosine);
-    z1 = radius * (Floats)((Words)(odd ? cosine : sine) ^ sign_sine);
+// Four standard normals of four words, of each pair u = x0 2^-32 + 2^-33, theta = pi int32(x1) 2^-31 and
+// z = sqrt(-2 ln u) (cos, sin) theta.
+INLINE void box_muller(const Words words[4], Floats z[4]) {
+    constexpr int N = 2;
+    Floats u[N], radius[N], f[N], square[N], sine[N], cosine[N];
+    Words turned[N];
+    EACH u[k] = __builtin_convertvector(words[2 * k], Floats) * 0x1p-32f + 0x1p-33f;
+    // theta = quarter pi / 2 + pi f with |f| <= 1/4: the quarter is in the two bits that are shifted out, once an eighth
+    // of a turn is added, and f is exact until it becomes a float.
+    EACH f[k] = __builtin_convertvector((Ints)(words[2 * k + 1] << 2), Floats) * 0x1p-33f;
+    EACH turned[k] = words[2 * k + 1] + 0x20000000u;
+    EACH radius[k] = square_root(logarithm<-2>(u[k]));
+    EACH square[k] = f[k] * f[k];
+    EACH sine[k] = square[k] * -0.5878130032902308f + 2.549628895227317f;  // sin(pi f) / f, error of the sine 1.2e-9
+    EACH cosine[k] = square[k] * -1.3061351340390543f + 4.057578368256351f;  // cos(pi f), error 2.8e-8
+    EACH sine[k] = sine[k] * square[k] - 5.167703505345169f;
+    EACH cosine[k] = cosine[k] * square[k] - 4.934788058942362f;
+    EACH sine[k] = (sine[k] * square[k] + 3.1415926101709757f) * f[k];
+    EACH cosine[k] = cosine[k] * square[k] + 0.9999999724385383f;
+    EACH {
+        const Ints odd = (Ints)(turned[k] & 0x40000000u) != 0;
+        const Words sign_sine = turned[k] & 0x80000000u, sign_cosine = (turned[k] + 0x40000000u) & 0x80000000u;
+        z[2 * k] = radius[k] * (Floats)((Words)(odd ? sine[k] : cosine[k]) ^ sign_cosine);
+        z[2 * k + 1] = radius[k] * (Floats)((Words)(odd ? cosine[k] : sine[k]) ^ sign_sine);
+    }
 }
 
 // exp(x) for x <= 0, 0 below 2^-126; a NaN stays one.
-INLINE Floats exponential(Floats x) {
-    const Floats shifted = x * LOG2_E + ROUND_TO_INTEGER;
-    const Floats n = shifted - ROUND_TO_INTEGER;
-    const Floats f = x - n * LN_2_HIGH - n * LN_2_LOW;
-    Floats e = f * 0.008312524909634026f + 0.0418901132208323f;  // (exp(f) - 1 - f) / f^2, relative error 1.1e-7
-    e = e * f + 0.16667114465105437f;
-    e = e * f + 0.49999231790927356f;
-    e = e * (f * f) + f + 1.0f;
-    const Floats scale = (Floats)(((Ints)shifted + 127) << 23);
-    return x < -87.33654f ? fill(0.0f) : e * scale;
+template <int N>
+INLINE void exponentials(const Floats x[N], Floats e[N]) {
+    Floats shifted[N], f[N];
+    EACH shifted[k] = x[k] * LOG2_E + ROUND_TO_INTEGER;
+    EACH f[k] = shifted[k] - ROUND_TO_INTEGER;
+    EACH f[k] = (x[k] - f[k] * LN_2_HIGH) - f[k] * LN_2_LOW;
+    EACH e[k] = f[k] * 0.008312524909634026f + 0.0418901132208323f;  // (exp(f) - 1 - f) / f^2, relative error 1.1e-7
+    EACH e[k] = e[k] * f[k] + 0.16667114465105437f;
+    EACH e[k] = e[k] * f[k] + 0.49999231790927356f;
+    EACH e[k] = e[k] * f[k] + 1.0f;
+    EACH e[k] = e[k] * f[k] + 1.0f;
+    EACH e[k] = x[k] < -87.33654f ? fill(0.0f) : times_power_of_two(e[k], shifted[k]);
 }
 
-INLINE Floats minus_absolute(Floats x) { return x > 0.0f ? -x : x; }
+INLINE Floats minus_absolute(Floats x) { return (Floats)((Words)x | 0x80000000u); }
 
 // t = exp(-|rho|) and sigma = max(log(1 + exp(rho)), 2^-126): see kernels/gaussian.py. Below 2^-126 t is 0.
-INLINE void exp_and_sigma(Floats rho, Floats& t, Floats& sigma) {
-    const Floats positive = rho > 0.0f ? rho : fill(0.0f);
-    t = exponential(minus_absolute(rho));
-    Floats p = t * -0.008778955528876033f + 0.044986641896015526f;
-    p = p * t - 0.10902291005048761f;
-    p = p * t + 0.17847208161641268f;
-    p = p * t - 0.24536866140368366f;
-    p = p * t + 0.33284063808505976f;
-    p = p * t - 0.49998180349096155f;
-    p = p * t + 1.0f;
-    const Floats softplus = p * t + positive;
-    sigma = softplus < SIGMA_FLOOR ? fill(SIGMA_FLOOR) : softplus;
+template <int N>
+INLINE void exps_and_sigmas(const Floats rho[N], Floats t[N], Floats sigma[N]) {
+    Floats p[N];
+    EACH p[k] = minus_absolute(rho[k]);
+    exponentials<N>(p, t);
+    EACH p[k] = t[k] * -0.008778955528876033f + 0.044986641896015526f;
+    EACH p[k] = p[k] * t[k] - 0.10902291005048761f;
+    EACH p[k] = p[k] * t[k] + 0.17847208161641268f;
+    EACH p[k] = p[k] * t[k] - 0.24536866140368366f;
+    EACH p[k] = p[k] * t[k] + 0.33284063808505976f;
+    EACH p[k] = p[k] * t[k] - 0.49998180349096155f;
+    EACH p[k] = p[k] * t[k] + 1.0f;
+    EACH p[k] = p[k] * t[k] + maximum(rho[k], fill(0.0f));
+    EACH sigma[k] = maximum(fill(SIGMA_FLOOR), p[k]);
 }
 
 // sigmoid(rho) / sigma, at most 1 where 1 / sigma would overflow.
@@ -179,7 +229,7 @@ INLINE Floats slope_over_sigma(Floats rho, Floats t, Floats sigma) {
 
 // The noise of `columns` columns of a row, and up to GROUP - 1 more, from a whole quad on: eps, or the bits of the words.
 template <bool AS_WORDS>
-INLINE void draw_columns(const Noise& noise, uint32_t row, uint32_t first_quad, int columns, float* out) {
+NOINLINE void draw_columns(const Noise noise, uint32_t row, uint32_t first_quad, int columns, float* out) {
     Words next[4];
     philox(noise, quads_of_lanes() + first_quad, row, next);
     for (int column = 0; column < columns; column += GROUP) {
@@ -187,10 +237,7 @@ INLINE void draw_columns(const Noise& noise, uint32_t row, uint32_t first_quad, 
         // The next group's words while the results of these are waited for: either takes many steps in a row.
         if (column + GROUP < columns) philox(noise, quads_of_lanes() + (first_quad + (column + GROUP) / 4), row, next);
         Floats z[4] = {(Floats)words[0], (Floats)words[1], (Floats)words[2], (Floats)words[3]};
-        if (!AS_WORDS) {
-            box_muller(words[0], words[1], z[0], z[1]);
-            box_muller(words[2], words[3], z[2], z[3]);
-        }
+        if (!AS_WORDS) box_muller(words, z);
         transpose_blocks(z[0], z[1], z[2], z[3]);
         for (int i = 0; i < 4; i++) store(out + column + i * LANES, z[i]);
     }
@@ -212,11 +259,10 @@ struct Piece {
     }
 };
 
-// The operand's elements as floats: in place if they can be, else in the buffer, with `padding` beyond the last.
-INLINE const float* fetch(const Operand& operand, const Piece& piece, float padding, float* buffer) {
+// Copies the operand's elements as floats, with `padding` beyond the last.
+NOINLINE void copy_in(const Operand& operand, const Piece& piece, float padding, float* buffer) {
     if (operand.type == FLOAT32) {
         const float* values = (const float*)operand.data + piece.offset(operand);
-        if (operand.column_stride == 1 && piece.columns == piece.padded) return values;
         for (int i = 0; i < piece.columns; i++) buffer[i] = values[i * operand.column_stride];
     } else {
         const uint16_t* values = (const uint16_t*)operand.data + piece.offset(operand);
@@ -226,19 +272,12 @@ INLINE const float* fetch(const Operand& operand, const Piece& piece, float padd
         }
     }
     for (int i = piece.columns; i < piece.padded; i++) buffer[i] = padding;
-    return buffer;
 }
 
-// Where results are written as floats: in place, or in the buffer, from which `flush` brings them.
-INLINE float* target(const Operand& operand, const Piece& piece, float* buffer) {
-    const bool in_place = operand.type == FLOAT32 && piece.columns == piece.padded;
-    return in_place ? (float*)operand.data + piece.offset(operand) : buffer;
-}
-
-INLINE void flush(const Operand& operand, const Piece& piece, const float* results) {
+NOINLINE void copy_out(const Operand& operand, const Piece& piece, const float* results) {
     if (operand.type == FLOAT32) {
         float* values = (float*)operand.data + piece.offset(operand);
-        for (int i = 0; values != results && i < piece.columns; i++) values[i] = results[i];
+        for (int i = 0; i < piece.columns; i++) values[i] = results[i];
         return;
     }
     uint16_t* values = (uint16_t*)operand.data + piece.offset(operand);
@@ -248,6 +287,27 @@ INLINE void flush(const Operand& operand, const Piece& piece, const float* resul
         const uint32_t nearest_even = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
         values[i] = (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? bits >> 16 | 0x40 : nearest_even);
     }
+}
+
+// Whether the elements, adjacent, can be read and written as whole vectors of floats where they are.
+INLINE bool in_place(const Operand& operand, const Piece& piece) {
+    return operand.type == FLOAT32 && piece.columns == piece.padded;
+}
+
+// The operand's elements as floats: in place if they can be, else in the buffer, with `padding` beyond the last.
+INLINE const float* fetch(const Operand& operand, const Piece& piece, float padding, float* buffer) {
+    if (operand.column_stride == 1 && in_place(operand, piece)) return (const float*)operand.data + piece.offset(operand);
+    copy_in(operand, piece, padding, buffer);
+    return buffer;
+}
+
+// Where results are written as floats: in place, or in the buffer, from which `flush` brings them.
+INLINE float* target(const Operand& operand, const Piece& piece, float* buffer) {
+    return in_place(operand, piece) ? (float*)operand.data + piece.offset(operand) : buffer;
+}
+
+INLINE void flush(const Operand& operand, const Piece& piece, const float* results) {
+    if (!in_place(operand, piece)) copy_out(operand, piece, results);
 }
 
 INLINE uint32_t row_of_noise(const Problem& p, const Piece& piece) {
@@ -385,124 +445,143 @@ INLINE void write_noise(const Problem& p, const Piece& piece) {
 }
 
 // What is written in the weight's place, and its derivative by sigma: W and eps, sigma^2 and 2 sigma, sigma eps and eps.
+// USUAL: W is wanted.
+template <bool USUAL>
 struct Sampled {
-    INLINE Sampled(const Problem& p, const Piece& piece, bool wanted, float* buffer) {
-        eps = wanted && (p.output == WEIGHT || p.output == PERTURBATION) ? draw(p, piece, buffer) : nullptr;
-        with_mean = (Ints)fill(0.0f) - (p.output == WEIGHT);
-    }
+    INLINE Sampled(const Problem& p, const float* eps) : eps(eps) { with_mean = (Ints)fill(0.0f) - (p.output == WEIGHT); }
 
     INLINE Floats value(int i, Floats mean, Floats sigma) const {
+        if (USUAL) return mean + sigma * load(eps + i);
         return eps ? (Floats)((Ints)mean & with_mean) + sigma * load(eps + i) : sigma * sigma;
     }
 
-    INLINE Floats derivative(int i, Floats sigma) const { return eps ? load(eps + i) : sigma + sigma; }
+    INLINE Floats derivative(int i, Floats sigma) const { return USUAL || eps ? load(eps + i) : sigma + sigma; }
 
    private:
     const float* eps;
     Ints with_mean;
 };
 
-template <bool KL, bool SCALAR, bool TAIL>
-INLINE double forward(const Problem& p, const Piece& piece) {
-    float buffers[6][LONGEST + GROUP];
-    const Sampled sampled(p, piece, p.output != NONE, buffers[0]);
-    const float* mu = fetch(p.mu, piece, 0.0f, buffers[1]);
-    const float* rho = fetch(p.rho, piece, 0.0f, buffers[2]);
-    float* weight = p.output == NONE ? nullptr : target(p.weight, piece, buffers[3]);
-    double result = 0.0;
-    if constexpr (KL) {
-        Prior<SCALAR> prior(p, piece, buffers[4], buffers[5]);
-        KlSum<SCALAR, TAIL> kl(prior);
-        for (int column = 0; column < piece.padded; column += GROUP) {
-            kl.begin_group();
-            const int end = TAIL ? piece.padded : column + GROUP;
-            for (int i = column; i < end; i += LANES) {
-                Floats t, sigma;
-                exp_and_sigma(load(rho + i), t, sigma);
-                prior.move_to(i);
-                kl.add(load(mu + i), sigma, prior, piece.columns - i);
-                if (weight) store(weight + i, sampled.value(i, load(mu + i), sigma));
-            }
-            kl.end_group();
-        }
-        result = kl.total();
-    } else {
-        for (int i = 0; i < piece.padded; i += LANES) {
-            Floats t, sigma;
-            exp_and_sigma(load(rho + i), t, sigma);
-            store(weight + i, sampled.value(i, load(mu + i), sigma));
-        }
-    }
-    if (weight) flush(p.weight, piece, weight);
-    return result;
-}
-
-// What stands in for a prior where there is no KL.
+// What stands in for a prior and its KL where there are none.
 struct NoPrior {
     INLINE NoPrior(const Problem&, const Piece&, float*, float*) {}
+    INLINE void move_to(int) {}
 };
 
+struct NoKl {
+    INLINE NoKl(const NoPrior&) {}
+    INLINE void begin_group() {}
+    INLINE void add(Floats, Floats, const NoPrior&, int) {}
+    INLINE void end_group() {}
+    INLINE double total() const { return 0.0; }
+};
+
+template <bool KL, bool SCALAR, bool USUAL, bool TAIL>
+INLINE double forward(const Problem& p, const Piece& piece, const float* eps) {
+    constexpr int N = TAIL ? 1 : GROUP / LANES;
+    float buffers[5][LONGEST + GROUP];
+    const Sampled<USUAL> sampled(p, eps);
+    const float* mu = fetch(p.mu, piece, 0.0f, buffers[0]);
+    const float* rho = fetch(p.rho, piece, 0.0f, buffers[1]);
+    float* weight = USUAL || p.output != NONE ? target(p.weight, piece, buffers[2]) : nullptr;
+    std::conditional_t<KL, Prior<SCALAR>, NoPrior> prior(p, piece, buffers[3], buffers[4]);
+    std::conditional_t<KL, KlSum<SCALAR, TAIL>, NoKl> kl(prior);
+    for (int column = 0; column < piece.padded; column += GROUP) {
+        kl.begin_group();
+        const int end = TAIL ? piece.padded : column + GROUP;
+        for (int i = column; i < end; i += N * LANES) {
+            Floats r[N], t[N], sigma[N];
+            EACH r[k] = load(rho + i + k * LANES);
+            exps_and_sigmas<N>(r, t, sigma);
+            EACH {
+                const int j = i + k * LANES;
+                prior.move_to(j);
+                kl.add(load(mu + j), sigma[k], prior, piece.columns - j);
+                if (USUAL || weight) store(weight + j, sampled.value(j, load(mu + j), sigma[k]));
+            }
+        }
+        kl.end_group();
+    }
+    if (weight) flush(p.weight, piece, weight);
+    return kl.total();
+}
+
 // dmu = G + g (mu - m0) / s0^2 and drho = (H d + g (sigma / s0^2 - 1 / sigma)) sigmoid(rho), and W again if asked for; H is
-// dL by what was sampled, d its derivative by sigma, and G is H if W was sampled.
-template <bool KL, bool SCALAR>
-INLINE void backward(const Problem& p, const Piece& piece) {
-    float buffers[10][LONGEST + GROUP];
+// dL by what was sampled, d its derivative by sigma, and G is H if W was sampled. USUAL: that is so, and the gradients are
+// not added to others.
+template <bool KL, bool SCALAR, bool USUAL, bool TAIL>
+INLINE void backward(const Problem& p, const Piece& piece, const float* eps) {
+    constexpr int N = TAIL ? 1 : GROUP / LANES;
+    float buffers[9][LONGEST + GROUP];
+    const Sampled<USUAL> sampled(p, eps);
     const Operand& first = p.output != WEIGHT || p.grad_product.data ? p.grad_product : p.grad_sampled;
     const Operand& second = p.output != WEIGHT || p.grad_sampled.data ? p.grad_sampled : p.grad_product;
-    const Sampled sampled(p, piece, second.data || p.weight.data, buffers[0]);
-    const float* mu = fetch(p.mu, piece, 0.0f, buffers[1]);
-    const float* rho = fetch(p.rho, piece, 0.0f, buffers[2]);
-    const float* grad_product = first.data ? fetch(first, piece, 0.0f, buffers[3]) : nullptr;
-    const float* grad_sampled = second.data ? fetch(second, piece, 0.0f, buffers[9]) : nullptr;
-    float* weight = p.weight.data ? target(p.weight, piece, buffers[4]) : nullptr;
-    float* grad_mu = target(p.grad_mu, piece, buffers[5]);
-    float* grad_rho = target(p.grad_rho, piece, buffers[6]);
-    const float* mu_before = p.accumulate ? fetch(p.grad_mu, piece, 0.0f, buffers[5]) : nullptr;
-    const float* rho_before = p.accumulate ? fetch(p.grad_rho, piece, 0.0f, buffers[6]) : nullptr;
-    std::conditional_t<KL, Prior<SCALAR>, NoPrior> prior(p, piece, buffers[7], buffers[8]);
+    const float* mu = fetch(p.mu, piece, 0.0f, buffers[0]);
+    const float* rho = fetch(p.rho, piece, 0.0f, buffers[1]);
+    const float* grad_product = first.data ? fetch(first, piece, 0.0f, buffers[2]) : nullptr;
+    const float* grad_sampled = second.data && !USUAL ? fetch(second, piece, 0.0f, buffers[8]) : grad_product;
+    float* weight = p.weight.data ? target(p.weight, piece, buffers[3]) : nullptr;
+    float* grad_mu = target(p.grad_mu, piece, buffers[4]);
+    float* grad_rho = target(p.grad_rho, piece, buffers[5]);
+    const float* mu_before = p.accumulate ? fetch(p.grad_mu, piece, 0.0f, buffers[4]) : nullptr;
+    const float* rho_before = p.accumulate ? fetch(p.grad_rho, piece, 0.0f, buffers[5]) : nullptr;
+    std::conditional_t<KL, Prior<SCALAR>, NoPrior> prior(p, piece, buffers[6], buffers[7]);
     const Floats grad_kl = fill(KL ? *p.grad_kl : 0.0f);
-    for (int i = 0; i < piece.padded; i += LANES) {
-        const Floats mean = load(mu + i), r = load(rho + i);
-        Floats t, sigma;
-        exp_and_sigma(r, t, sigma);
-        const Floats sigmoid_over_sigma = slope_over_sigma(r, t, sigma);
-        Floats dmu = fill(0.0f), drho = fill(0.0f);
-        if (weight) store(weight + i, sampled.value(i, mean, sigma));
-        if (grad_product) dmu = load(grad_product + i);
-        if (grad_sampled) drho = load(grad_sampled + i) * sampled.derivative(i, sigma) * (sigma * sigmoid_over_sigma);
-        if constexpr (KL) {
-            prior.move_to(i);
-            const Floats scale = sigma * prior.inverse;
-            dmu += grad_kl * ((mean - prior.mu) * prior.inverse * prior.inverse);
-            drho += grad_kl * (scale * scale - 1.0f) * sigmoid_over_sigma;
+    for (int i = 0; i < piece.padded; i += N * LANES) {
+        Floats r[N], t[N], sigma[N];
+        EACH r[k] = load(rho + i + k * LANES);
+        exps_and_sigmas<N>(r, t, sigma);
+        EACH {
+            const int j = i + k * LANES;
+            const Floats mean = load(mu + j);
+            Floats dmu = fill(0.0f), by_log_sigma = fill(0.0f);
+            if (weight) store(weight + j, sampled.value(j, mean, sigma[k]));
+            if (USUAL || grad_product) dmu = load(grad_product + j);
+            if (USUAL || grad_sampled) {
+                const Floats grad = USUAL ? dmu : load(grad_sampled + j);
+                by_log_sigma = grad * sampled.derivative(j, sigma[k]) * sigma[k];
+            }
+            if constexpr (KL) {
+                prior.move_to(j);
+                const Floats scale = sigma[k] * prior.inverse;
+                dmu += grad_kl * ((mean - prior.mu) * prior.inverse * prior.inverse);
+                by_log_sigma += grad_kl * (scale * scale - 1.0f);
+            }
+            const Floats drho = by_log_sigma * slope_over_sigma(r[k], t[k], sigma[k]);
+            store(grad_mu + j, !USUAL && mu_before ? dmu + load(mu_before + j) : dmu);
+            store(grad_rho + j, !USUAL && rho_before ? drho + load(rho_before + j) : drho);
         }
-        store(grad_mu + i, mu_before ? dmu + load(mu_before + i) : dmu);
-        store(grad_rho + i, rho_before ? drho + load(rho_before + i) : drho);
     }
     if (weight) flush(p.weight, piece, weight);
     flush(p.grad_mu, piece, grad_mu);
     flush(p.grad_rho, piece, grad_rho);
 }
 
+// Whether the noise of a pass's output is drawn.
+INLINE bool is_drawn(const Problem& p) { return p.output == WEIGHT || p.output == PERTURBATION; }
+
 // A row, or LONGEST columns of one, in two pieces: whole groups, and the rest.
-template <bool KL, bool SCALAR>
+template <bool KL, bool SCALAR, bool USUAL>
 INLINE double forward_in_pieces(const Problem& p, int64_t row, int64_t first_column, int columns) {
+    float buffer[LONGEST + GROUP];
+    const float* eps = is_drawn(p) ? draw(p, Piece(row, first_column, columns), buffer) : nullptr;
     const int whole = columns / GROUP * GROUP, rest = columns - whole;
     double kl = 0.0;
-    if (whole) kl += forward<KL, SCALAR, false>(p, Piece(row, first_column, whole));
-    if (rest) kl += forward<KL, SCALAR, true>(p, Piece(row, first_column + whole, rest));
+    if (whole) kl += forward<KL, SCALAR, USUAL, false>(p, Piece(row, first_column, whole), eps);
+    if (rest) kl += forward<KL, SCALAR, USUAL, true>(p, Piece(row, first_column + whole, rest), eps ? eps + whole : nullptr);
     return kl;
 }
 
-template <bool KL, bool SCALAR>
+template <bool KL, bool SCALAR, bool USUAL>
 INLINE double backward_in_pieces(const Problem& p, int64_t row, int64_t first_column, int columns) {
+    float buffer[LONGEST + GROUP];
+    const bool drawn = is_drawn(p) && (p.weight.data || p.grad_sampled.data || p.grad_product.data);
+    const float* eps = drawn ? draw(p, Piece(row, first_column, columns), buffer) : nullptr;
     const int whole = columns / GROUP * GROUP, rest = columns - whole;
-    if (whole) backward<KL, SCALAR>(p, Piece(row, first_column, whole));
-    if (rest) backward<KL, SCALAR>(p, Piece(row, first_column + whole, rest));
+    if (whole) backward<KL, SCALAR, USUAL, false>(p, Piece(row, first_column, whole), eps);
+    if (rest) backward<KL, SCALAR, USUAL, true>(p, Piece(row, first_column + whole, rest), eps ? eps + whole : nullptr);
     return 0.0;
 }
-
-constexpr bool WITH_KL = true, WITHOUT_KL = false, SCALAR_PRIOR = true, TENSOR_PRIOR = false;
 
 double forward_pass(const Problem& p, int64_t row, int64_t first_column, int columns) {
     if (p.output == SIGN) {
@@ -513,16 +592,25 @@ double forward_pass(const Problem& p, int64_t row, int64_t first_column, int col
         write_noise(p, Piece(row, first_column, columns));
         return 0.0;
     }
-    if (!p.prior_sigma.data) return forward_in_pieces<WITHOUT_KL, SCALAR_PRIOR>(p, row, first_column, columns);
-    return p.scalar_prior ? forward_in_pieces<WITH_KL, SCALAR_PRIOR>(p, row, first_column, columns)
-                          : forward_in_pieces<WITH_KL, TENSOR_PRIOR>(p, row, first_column, columns);
+    const auto piece_of = [&](auto kl, auto scalar) {
+        return p.output == WEIGHT ? forward_in_pieces<kl, scalar, true>(p, row, first_column, columns)
+                                  : forward_in_pieces<kl, scalar, false>(p, row, first_column, columns);
+    };
+    if (!p.prior_sigma.data) return piece_of(WITHOUT_KL, SCALAR_PRIOR);
+    return p.scalar_prior ? piece_of(WITH_KL, SCALAR_PRIOR) : piece_of(WITH_KL, TENSOR_PRIOR);
 }
 
 double backward_pass(const Problem& p, int64_t row, int64_t first_column, int columns) {
-    if (!p.grad_kl) return backward_in_pieces<WITHOUT_KL, SCALAR_PRIOR>(p, row, first_column, columns);
-    return p.scalar_prior ? backward_in_pieces<WITH_KL, SCALAR_PRIOR>(p, row, first_column, columns)
-                          : backward_in_pieces<WITH_KL, TENSOR_PRIOR>(p, row, first_column, columns);
+    const bool usual = p.output == WEIGHT && !p.accumulate && !p.grad_product.data != !p.grad_sampled.data;
+    const auto piece_of = [&](auto kl, auto scalar) {
+        return usual ? backward_in_pieces<kl, scalar, true>(p, row, first_column, columns)
+                     : backward_in_pieces<kl, scalar, false>(p, row, first_column, columns);
+    };
+    if (!p.grad_kl) return piece_of(WITHOUT_KL, SCALAR_PRIOR);
+    return p.scalar_prior ? piece_of(WITH_KL, SCALAR_PRIOR) : piece_of(WITH_KL, TENSOR_PRIOR);
 }
+
+#undef EACH
 
 }  // namespace isa
 }  // namespace
