@@ -82,6 +82,8 @@ def prior_tensors(mu: Tensor, prior: Prior, prefix: str) -> tuple[Tensor, Tensor
 
 def fused_prior(mu: Tensor, prior: Prior, prefix: str) -> tuple[Tensor, Tensor]:
     """The prior as the operators take it: each tensor 0-d or of mu's shape."""
+    if type(prior) is tuple and len(prior) == 2 and _is_number_at(mu.device, *prior):
+        return prior
     prior_mu, prior_sigma = prior_tensors(mu, prior, prefix)
     if prior_mu.requires_grad or prior_sigma.requires_grad:
         raise ValueError(
@@ -89,6 +91,19 @@ def fused_prior(mu: Tensor, prior: Prior, prefix: str) -> tuple[Tensor, Tensor]:
             "use gaussian_kl(mu, sigma=..., prior_mu=..., prior_sigma=...) for a prior that is learnt"
         )
     return _as_operand(prior_mu, mu), _as_operand(prior_sigma, mu)
+
+
+def _is_number_at(device: torch.device, *tensors: object) -> bool:
+    """Whether these are 0-d float32 tensors without grad there, as the prior of nearly every layer.
+
+    What else `fused_prior` does would take longer than a small layer.
+    """
+    for tensor in tensors:
+        if type(tensor) is not Tensor or tensor.dtype is not torch.float32 or tensor.dim() or tensor.requires_grad:
+            return False
+        if tensor.device != device:
+            return False
+    return True
 
 
 # Bounds of a scale mixture's deviations: their squares and the squares of their inverses fit float32.

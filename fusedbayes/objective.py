@@ -200,7 +200,7 @@ def _is_current(result: FusedKL, layer: BayesModule) -> bool:
     if not torch.is_grad_enabled():
         return True
     differentiable = result.kl.requires_grad
-    return all(
+    return (differentiable and all(result.requires_grad)) or all(
         (differentiable and had) or not now.requires_grad
         for had, now in zip(result.requires_grad, present, strict=True)
     )

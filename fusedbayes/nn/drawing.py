@@ -104,7 +104,7 @@ class DrawnTensors(RandomTensors):
             )
             kls += [] if kl is None else [kl]
         if with_kl:
-            self._record_kl(torch.stack(kls).sum())
+            self._record_kl(torch.stack(kls).sum(), self.posteriors())
         return drawn
 
     def _means(self) -> dict[str, Tensor]:
@@ -121,8 +121,8 @@ class DrawnTensors(RandomTensors):
         """Whether this forward is to give the KL: where a prior is not Normal, or weights are pruned, `kl_of` does."""
         return self._kl_wanted and self._kl_of_forward is None and self.has_fused_kl()
 
-    def _record_kl(self, kl: Tensor) -> None:
-        parameters = self.posteriors()
+    def _record_kl(self, kl: Tensor, parameters: list[Tensor]) -> None:
+        """Keeps the KL for whoever wants it, and of which `posteriors` it is."""
         vars(self)["_kl_of_forward"] = FusedKL(kl, parameters, [p.requires_grad for p in parameters])
 
     def _samples_in(self, input: Tensor) -> int:

@@ -37,7 +37,10 @@ class RandomTensors(PrunedTensors):
 
     def names(self) -> list[str]:
         """The random tensors that the layer has: without a bias, "bias" is not among them."""
-        return [name for name in self.random_tensors if self._tensor(f"{name}_mu") is not None]
+        held = self._parameters
+        means = {name: f"{name}_mu" for name in self.random_tensors}
+        # A parametrized mean is not held, but is there.
+        return [name for name, mean in means.items() if mean not in held or held[mean] is not None]
 
     def gaussian(self, name: str) -> GaussianParameter:
         """mu, rho, prior_mu and prior_sigma of the random tensor `name`; ValueError if its prior is not Normal."""
@@ -45,7 +48,11 @@ class RandomTensors(PrunedTensors):
 
     def posterior(self, name: str) -> tuple[Tensor, Tensor]:
         """mu and rho of the random tensor `name`; of pruned weights those that `set_pruned` says, without gradients."""
-        mu, rho, pruned = self._tensor(f"{name}_mu"), self._tensor(f"{name}_rho"), self.pruned(name)
+        mu_name, rho_name, held, pruned = f"{name}_mu", f"{name}_rho", self._parameters, self.pruned(name)
+        if mu_name in held and rho_name in held:  # what `_tensor` looks for, at once: several times in each step
+            mu, rho = held[mu_name], held[rho_name]
+        else:
+            mu, rho = self._tensor(mu_name), self._tensor(rho_name)
         return (mu, rho) if pruned is None else masked(mu, rho, pruned)
 
     def posteriors(self) -> list[Tensor]:

@@ -22,6 +22,10 @@
 #include <arm_neon.h>
 #endif
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #define INLINE inline __attribute__((always_inline))
 #define NOINLINE __attribute__((noinline))
 
@@ -99,6 +103,7 @@ constexpr std::false_type WITHOUT_KL, TENSOR_PRIOR;
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // in GCC's own intrinsics, whose masked lanes are undefined
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 
 TARGET_BEGIN("avx512f,avx512dq,avx512vl,avx512bw,avx2,fma")
@@ -246,6 +251,18 @@ int64_t fusedbayes_instruction_set() {
     if (avx2) return 1;
 #endif
     return 0;
+}
+
+// Asks for huge pages for what lies wholly in these bytes. Gradients are allocated anew in each step, and page by page the
+// first touch of a large one takes as long as its gradient.
+void fusedbayes_want_huge_pages(char* begin, int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+    constexpr int64_t PAGE = 2 << 20;
+    const int64_t skipped = -(intptr_t)begin & (PAGE - 1), whole = (bytes - skipped) / PAGE * PAGE;
+    if (whole > 0) madvise(begin + skipped, whole, MADV_HUGEPAGE);
+#else
+    (void)begin, (void)bytes;
+#endif
 }
 
 // Writes what `output` says into `weight`; returns the KL, or 0 without a prior.

@@ -1,8 +1,8 @@
 """y = x W^T + b and its gradients on the CPU: W is drawn in blocks, each multiplied while it is in the cache."""
 
 import threading
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,11 +46,12 @@ class _Workspace(threading.local):
 _workspace = _Workspace()
 
 
-def _blocks(rows: int, columns: int) -> Iterator[slice]:
+def _blocks(rows: int, columns: int) -> list[slice]:
     """Cuts the rows of a weight into blocks of at most BLOCK weights, if a row has no more; one block at least."""
-    step = max(1, BLOCK // max(columns, 1))
-    for first in range(0, max(rows, 1), step):
-        yield slice(first, min(first + step, rows))
+    if rows * columns <= BLOCK:
+        return [slice(0, rows)]
+    step = max(1, BLOCK // columns)
+    return [slice(first, min(first + step, rows)) for first in range(0, rows, step)]
 
 
 def _part(tensor: Tensor, dim: int, rows: slice) -> Tensor:
@@ -237,10 +238,8 @@ class _Activations(NamedTuple):
 
 def _accumulators(parameter: Parameter, batches: int) -> tuple[Tensor, Tensor]:
     """Where dmu and drho are written; in fp32 if several batches add to them."""
-    options: dict[str, Any] = {"memory_format": torch.contiguous_format}
-    if batches > 1:
-        options["dtype"] = torch.float32
-    return torch.empty_like(parameter.mu, **options), torch.empty_like(parameter.rho, **options)
+    dtype = torch.float32 if batches > 1 else None
+    return library().new_result(parameter.mu, dtype), library().new_result(parameter.rho, dtype)
 
 
 def _pass(

@@ -52,7 +52,7 @@ def scale_mixture_kl_backward(
     address: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     """Its dmu and drho."""
-    grads = mu.new_empty(mu.shape), rho.new_empty(rho.shape)
+    grads = library().new_result(mu), library().new_result(rho)
     parameter, key = Parameter(mu, rho, None, None), Key(seed, sample, address)
     mixture = prepared(pi, sigma_1, sigma_2)
     library().backward(

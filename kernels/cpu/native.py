@@ -39,19 +39,21 @@ class Problem(NamedTuple):
 
     Attributes:
         rows: of the parameter.
-        words: `Problem` of fused.cpp, from `columns` to its end.
+        words: `Problem` of fused.cpp, from `columns` to its end, packed.
         held: what holds the memory that the words point to.
     """
 
     rows: int
-    words: tuple[int, ...]
+    words: bytes
     held: tuple[object, ...]
 
 
+_LARGE = 4 << 20  # bytes, of which at least one huge page is whole
 ABSENT = (0, 0, 0, 0, 0)
 # A pass takes its arguments as 64-bit words in the order of the C++: a ctypes.Structure takes longer to fill than a
-# small layer to compute.
-_WORDS = struct.Struct("@62q")
+# small layer to compute. First those of a call, then those of a `Problem`.
+_CALL, _PROBLEM = struct.Struct("@16q"), struct.Struct("@46q")
+pack_problem = _PROBLEM.pack
 
 
 def pointer(tensor: torch.Tensor | None) -> int:
@@ -59,7 +61,7 @@ def pointer(tensor: torch.Tensor | None) -> int:
     if tensor is None:
         return 0
     begin = tensor.data_ptr()
-    if begin == 0 and tensor.numel() > 0:
+    if not begin and tensor.numel():
         raise RuntimeError(f"a tensor of shape {tuple(tensor.shape)} has lost its memory: its storage was resized")
     return begin
 
@@ -69,8 +71,18 @@ def operand(tensor: torch.Tensor | None, first_row: int = 0) -> tuple[int, ...]:
     if tensor is None:
         return ABSENT
     strides = tensor.stride()
-    row, column = strides if len(strides) == 2 else (0, *strides) if strides else (0, 0)
-    return pointer(tensor), _TYPES[tensor.dtype], row, column, first_row
+    if len(strides) != 2:
+        strides = (0, *strides) if strides else (0, 0)
+    return tensor.data_ptr() or pointer(tensor), _TYPES[tensor.dtype], *strides, first_row
+
+
+def by_rows(tensor: torch.Tensor | None) -> tuple[torch.Tensor | None, tuple[int, ...]]:
+    """The tensor and its `operand`, or those of a copy: column by column, each element is a cache line of its own."""
+    words = operand(tensor)
+    if words[3] > 1 and tensor is not None and tensor.dim() == 2 and not tensor.is_contiguous():
+        tensor = tensor.contiguous()
+        words = operand(tensor)
+    return tensor, words
 
 
 @dataclass(frozen=True)
@@ -107,6 +119,13 @@ class Library:
         """
         self.functions.fusedbayes_backward(self._arguments(problem, output, weight, rows, grad_sampled))
 
+    def new_result(self, like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Memory for a contiguous result of this shape, of huge pages if it is large."""
+        result = torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
+        if result.nbytes >= _LARGE:
+            self.functions.fusedbayes_want_huge_pages(result.data_ptr(), result.nbytes)
+        return result
+
     def _arguments(
         self,
         problem: Problem,
@@ -118,7 +137,7 @@ class Library:
         first, end = (0, problem.rows) if rows is None else (rows.start, rows.stop)
         how = (self.parallel or 0, torch.get_num_threads(), INSTRUCTION_SETS.index(self.instruction_set))
         operands = operand(weight, first) + operand(grad_sampled, first)
-        return _WORDS.pack(*how, output, first, end - first, *operands, *problem.words)
+        return _CALL.pack(*how, output, first, end - first, *operands) + problem.words
 
 
 def source_hash() -> int:
@@ -141,10 +160,12 @@ def load() -> Library | str:
     if functions.fusedbayes_source_hash() != source_hash():
         return f"{path} was built from other sources: install the package again"
     functions.fusedbayes_problem_size.restype = ctypes.c_int64
-    assert functions.fusedbayes_problem_size() == _WORDS.size
+    assert functions.fusedbayes_problem_size() == _CALL.size + _PROBLEM.size
     functions.fusedbayes_forward.restype = ctypes.c_double
     functions.fusedbayes_backward.restype = None
     functions.fusedbayes_forward.argtypes = functions.fusedbayes_backward.argtypes = [ctypes.c_char_p]
+    functions.fusedbayes_want_huge_pages.restype = None
+    functions.fusedbayes_want_huge_pages.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     functions.fusedbayes_instruction_set.restype = ctypes.c_int64
     try:
         # Among the symbols of the process, since torch loads its OpenMP runtime for all to see.

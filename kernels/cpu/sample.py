@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedbayes.kernels.cpu.native import ABSENT, Output, Problem, library, operand, pointer
+from fusedbayes.kernels.cpu.native import ABSENT, Output, Problem, by_rows, library, operand, pack_problem, pointer
 
 
 class Parameter(NamedTuple):
@@ -58,24 +58,30 @@ def make_problem(
     mu, rho, prior_mu, prior_sigma = parameter
     shape = mu.shape
     rows, columns = shape if len(shape) == 2 else (1, mu.numel())
-    mu, rho, scalar_prior, prior = _by_rows(mu), _by_rows(rho), False, _NO_PRIOR
+    (mu, mu_words), (rho, rho_words), scalar_prior, prior = by_rows(mu), by_rows(rho), False, _NO_PRIOR
     if prior_mu is None or prior_sigma is None or not (with_kl or grad_kl is not None):
         prior_mu = prior_sigma = None
         grad_kl = None if mixture is None else grad_kl
     elif prior_mu.dim() == prior_sigma.dim() == 0:
-        prior_mu, prior_sigma, scalar_prior = prior_mu.float(), prior_sigma.float(), True
+        prior_mu, prior_sigma, scalar_prior = _as_float(prior_mu), _as_float(prior_sigma), True
         prior = (pointer(prior_mu), *_NUMBER, pointer(prior_sigma), *_NUMBER)
     else:
-        prior_mu, prior_sigma = (_by_rows(given.expand(shape)) for given in (prior_mu, prior_sigma))
-        prior = operand(prior_mu) + operand(prior_sigma)
-    grad_kl = None if grad_kl is None else grad_kl.float()
-    grad_product = None if grad_product is None else _by_rows(grad_product)
+        (prior_mu, mu_of_prior), (prior_sigma, sigma_of_prior) = (
+            by_rows(given.expand(shape)) for given in (prior_mu, prior_sigma)
+        )
+        prior = mu_of_prior + sigma_of_prior
+    if grad_kl is not None:
+        grad_kl = _as_float(grad_kl)
     noise = _NO_NOISE
     if key is not None:
-        noise = (pointer(key.seed), pointer(key.sample), *key.address, pointer(key.rows))
-    gradients = operand(grad_product) + operand(grad_mu) + operand(grad_rho) if grad_mu is not None else _NO_GRADIENTS
-    words = (
-        *(columns, scalar_prior, *operand(mu), *operand(rho), *prior),
+        seed, sample, address, noise_rows = key
+        noise = (pointer(seed), pointer(sample), *address, pointer(noise_rows))
+    gradients = _NO_GRADIENTS
+    if grad_mu is not None:
+        grad_product, product_words = by_rows(grad_product)
+        gradients = product_words + operand(grad_mu) + operand(grad_rho)
+    words = pack_problem(
+        *(columns, scalar_prior, *mu_words, *rho_words, *prior),
         *(*noise, pointer(grad_kl), *gradients, accumulate, pointer(mixture)),
     )
     held = (mu, rho, prior_mu, prior_sigma, grad_kl, grad_product, grad_mu, grad_rho, mixture, key)
@@ -88,9 +94,8 @@ _NO_GRADIENTS: tuple[int, ...] = ABSENT * 3
 _NO_NOISE: tuple[int, ...] = (0,) * 6
 
 
-def _by_rows(tensor: Tensor) -> Tensor:
-    """The tensor, or its copy: column by column, each element would be a cache line of its own."""
-    return tensor if tensor.is_contiguous() or tensor.dim() < 2 or tensor.stride(1) <= 1 else tensor.contiguous()
+def _as_float(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype is torch.float32 else tensor.float()
 
 
 def sample_weight(
@@ -105,7 +110,7 @@ def sample_weight(
     with_kl: bool,
 ) -> tuple[Tensor, Tensor]:
     """W and its KL."""
-    parameter, weight = Parameter(mu, rho, prior_mu, prior_sigma), mu.new_empty(mu.shape, dtype=dtype)
+    parameter, weight = Parameter(mu, rho, prior_mu, prior_sigma), library().new_result(mu, dtype)
     problem = make_problem(parameter, Key(seed, sample, address), with_kl=with_kl)
     return weight, kl_tensor(library().forward(problem, Output.WEIGHT, weight), mu, with_kl)
 
@@ -164,7 +169,7 @@ def sample_weight_backward(
     """dmu and drho."""
     parameter = Parameter(mu, rho, prior_mu, prior_sigma)
     key = None if seed is None or grad_weight is None else Key(seed, sample, address)
-    grads = mu.new_empty(mu.shape), rho.new_empty(rho.shape)
+    grads = library().new_result(mu), library().new_result(rho)
     problem = make_problem(
         parameter,
         key,
