@@ -14,7 +14,7 @@ import torch
 
 from fusedbayes.kernels.cpu import native
 from fusedbayes.kernels.cpu.mixture import prepared
-from fusedbayes.kernels.cpu.sample import Key, Parameter, make_problem
+from fusedbayes.kernels.cpu.sample import Parameter, make_problem
 from fusedbayes.noise import Address
 
 SIZE, ROUNDS = 2048, 15
@@ -24,7 +24,7 @@ def passes(library: native.Library) -> dict[str, Callable[[], object]]:
     """Each pass by name, ready to run."""
     mu, rho = torch.randn(SIZE, SIZE), torch.full((SIZE, SIZE), -4.0)
     parameter = Parameter(mu, rho, torch.tensor(0.0), torch.tensor(0.05))
-    key, result = Key(torch.tensor(5), None, Address()), torch.empty_like(mu)
+    key, result = (torch.tensor(5), None, Address()), torch.empty_like(mu)
     gradients = {
         "grad_mu": torch.empty_like(mu),
         "grad_rho": torch.empty_like(mu),

@@ -1,5 +1,7 @@
 """How the arguments of `fusedbayes.functional` are checked, and become those of the operators."""
 
+from typing import TypeGuard
+
 import torch
 from torch import Tensor
 
@@ -82,8 +84,10 @@ def prior_tensors(mu: Tensor, prior: Prior, prefix: str) -> tuple[Tensor, Tensor
 
 def fused_prior(mu: Tensor, prior: Prior, prefix: str) -> tuple[Tensor, Tensor]:
     """The prior as the operators take it: each tensor 0-d or of mu's shape."""
-    if type(prior) is tuple and len(prior) == 2 and _is_number_at(mu.device, *prior):
-        return prior
+    if type(prior) is tuple and len(prior) == 2:
+        prior_mu, prior_sigma = prior
+        if _is_plain_number(prior_mu, mu.device) and _is_plain_number(prior_sigma, mu.device):
+            return prior_mu, prior_sigma
     prior_mu, prior_sigma = prior_tensors(mu, prior, prefix)
     if prior_mu.requires_grad or prior_sigma.requires_grad:
         raise ValueError(
@@ -93,17 +97,15 @@ def fused_prior(mu: Tensor, prior: Prior, prefix: str) -> tuple[Tensor, Tensor]:
     return _as_operand(prior_mu, mu), _as_operand(prior_sigma, mu)
 
 
-def _is_number_at(device: torch.device, *tensors: object) -> bool:
-    """Whether these are 0-d float32 tensors without grad there, as the prior of nearly every layer.
-
-    What else `fused_prior` does would take longer than a small layer.
-    """
-    for tensor in tensors:
-        if type(tensor) is not Tensor or tensor.dtype is not torch.float32 or tensor.dim() or tensor.requires_grad:
-            return False
-        if tensor.device != device:
-            return False
-    return True
+def _is_plain_number(value: float | Tensor, device: torch.device) -> TypeGuard[Tensor]:
+    """Whether this is a 0-d float32 tensor without grad on the device, as the priors of nearly every layer are."""
+    return (
+        type(value) is Tensor
+        and value.dtype is torch.float32
+        and value.dim() == 0
+        and not value.requires_grad
+        and value.device == device
+    )
 
 
 # Bounds of a scale mixture's deviations: their squares and the squares of their inverses fit float32.

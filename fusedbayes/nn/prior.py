@@ -38,9 +38,8 @@ class RandomTensors(PrunedTensors):
     def names(self) -> list[str]:
         """The random tensors that the layer has: without a bias, "bias" is not among them."""
         held = self._parameters
-        means = {name: f"{name}_mu" for name in self.random_tensors}
-        # A parametrized mean is not held, but is there.
-        return [name for name, mean in means.items() if mean not in held or held[mean] is not None]
+        # A mean that is not held is parametrized, and so there.
+        return [name for name in self.random_tensors if held.get(f"{name}_mu", name) is not None]
 
     def gaussian(self, name: str) -> GaussianParameter:
         """mu, rho, prior_mu and prior_sigma of the random tensor `name`; ValueError if its prior is not Normal."""
@@ -48,8 +47,9 @@ class RandomTensors(PrunedTensors):
 
     def posterior(self, name: str) -> tuple[Tensor, Tensor]:
         """mu and rho of the random tensor `name`; of pruned weights those that `set_pruned` says, without gradients."""
-        mu_name, rho_name, held, pruned = f"{name}_mu", f"{name}_rho", self._parameters, self.pruned(name)
-        if mu_name in held and rho_name in held:  # what `_tensor` looks for, at once: several times in each step
+        held: Any = self._parameters
+        mu_name, rho_name, pruned = f"{name}_mu", f"{name}_rho", self.pruned(name)
+        if mu_name in held and rho_name in held:  # where `_tensor` looks first; this is asked several times in a step
             mu, rho = held[mu_name], held[rho_name]
         else:
             mu, rho = self._tensor(mu_name), self._tensor(rho_name)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fusedbayes.kernels.cpu.native import Output, library
 from fusedbayes.kernels.cpu.pair import RowNoise, combine, input_gradient, second_operands
-from fusedbayes.kernels.cpu.sample import Key, Parameter, kl_tensor, make_problem
+from fusedbayes.kernels.cpu.sample import Parameter, kl_tensor, make_problem
 from fusedbayes.kernels.streams import sample_after
 
 # Weights of a block: 4 MiB in fp32, small enough for the cache, large enough for an efficient product.
@@ -25,6 +25,7 @@ class _Workspace(threading.local):
 
     def __init__(self) -> None:
         self._memory: dict[tuple[torch.dtype, int], Tensor] = {}
+        self._views: dict[tuple[int, int, torch.dtype, int], Tensor] = {}
         self._depth = 0
 
     def __enter__(self) -> None:
@@ -37,10 +38,14 @@ class _Workspace(threading.local):
         """Memory until the thread asks for the next block of this number; more than BLOCK weights' is not kept."""
         if self._depth > 1 or rows * columns > BLOCK:
             return torch.empty(rows, columns, dtype=dtype, device="cpu")
-        if (dtype, number) not in self._memory:
+        view = self._views.get((rows, columns, dtype, number))
+        if view is None:
             with torch.inference_mode(False):  # where it is made must not decide who may write to it later
-                self._memory[dtype, number] = torch.empty(BLOCK, dtype=dtype, device="cpu")
-        return self._memory[dtype, number].as_strided((rows, columns), (columns, 1))
+                if (dtype, number) not in self._memory:
+                    self._memory[dtype, number] = torch.empty(BLOCK, dtype=dtype, device="cpu")
+                view = self._memory[dtype, number].as_strided((rows, columns), (columns, 1))
+            self._views[rows, columns, dtype, number] = view
+        return view
 
 
 _workspace = _Workspace()
@@ -128,7 +133,7 @@ def bayes_linear(
         x = x.repeat(num_samples, 1)
     total = x.shape[0] if estimator == "local" else num_samples * M
     batches = layer.batches(total)
-    keys = [Key(seed, batch.sample, weight_address) for batch in batches]
+    keys = [(seed, batch.sample, weight_address) for batch in batches]
     problems = [make_problem(weight, key, with_kl=with_kl and not index) for index, key in enumerate(keys)]
     kl, drawn = _draw_bias(layer, batches, x.dtype, with_kl)
     second_x = x if estimator == "shared" else second_operands(x, None, None, layer.row_noise(M), estimator)[0]
@@ -166,7 +171,7 @@ def _draw_bias(
             drawn.append(None)
             continue
         drawn.append(torch.empty_like(layer.bias.mu, dtype=dtype))
-        key = Key(layer.seed, batch.sample, layer.bias_address)
+        key = (layer.seed, batch.sample, layer.bias_address)
         kl += library().forward(make_problem(layer.bias, key, with_kl=with_kl and not index), output, drawn[-1])
     return kl, drawn
 
@@ -263,7 +268,7 @@ def _pass(
     problems = [
         make_problem(
             weight,
-            Key(layer.seed, batch.sample, layer.weight_address),
+            (layer.seed, batch.sample, layer.weight_address),
             grad_kl=None if index else grad_kl,
             grad_product=None if index else product,
             grad_mu=grad_mu,
@@ -306,7 +311,7 @@ def _bias_gradients(
     for index, (rows, sample) in enumerate(batches):
         problem = make_problem(
             bias,
-            Key(layer.seed, sample, layer.bias_address),
+            (layer.seed, sample, layer.bias_address),
             grad_kl=None if index else grad_kl,
             grad_product=_part(activations.grad_y, 0, rows).sum(0, dtype=torch.float32),
             grad_mu=grads[0],

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fusedbayes.kernels.cpu.native import Output, library
-from fusedbayes.kernels.cpu.sample import Key, Parameter, kl_tensor, make_problem
+from fusedbayes.kernels.cpu.sample import Parameter, kl_tensor, make_problem
 
 
 def prepared(pi: Tensor, sigma_1: Tensor, sigma_2: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ def scale_mixture_kl(
     address: Sequence[int],
 ) -> Tensor:
     """The estimate of the KL by one sample, summed."""
-    parameter, key = Parameter(mu, rho, None, None), Key(seed, sample, address)
+    parameter, key = Parameter(mu, rho, None, None), (seed, sample, address)
     problem = make_problem(parameter, key, mixture=prepared(pi, sigma_1, sigma_2))
     return kl_tensor(library().forward(problem, Output.NONE), mu, True)
 
@@ -53,7 +53,7 @@ def scale_mixture_kl_backward(
 ) -> tuple[Tensor, Tensor]:
     """Its dmu and drho."""
     grads = library().new_result(mu), library().new_result(rho)
-    parameter, key = Parameter(mu, rho, None, None), Key(seed, sample, address)
+    parameter, key = Parameter(mu, rho, None, None), (seed, sample, address)
     mixture = prepared(pi, sigma_1, sigma_2)
     library().backward(
         make_problem(parameter, key, grad_kl=grad_kl, grad_mu=grads[0], grad_rho=grads[1], mixture=mixture)

@@ -49,7 +49,7 @@ class Problem(NamedTuple):
 
 
 _LARGE = 4 << 20  # bytes, of which at least one huge page is whole
-ABSENT = (0, 0, 0, 0, 0)
+ABSENT: tuple[int, ...] = (0, 0, 0, 0, 0)
 # A pass takes its arguments as 64-bit words in the order of the C++: a ctypes.Structure takes longer to fill than a
 # small layer to compute. First those of a call, then those of a `Problem`.
 _CALL, _PROBLEM = struct.Struct("@16q"), struct.Struct("@46q")
@@ -76,10 +76,10 @@ def operand(tensor: torch.Tensor | None, first_row: int = 0) -> tuple[int, ...]:
     return tensor.data_ptr() or pointer(tensor), _TYPES[tensor.dtype], *strides, first_row
 
 
-def by_rows(tensor: torch.Tensor | None) -> tuple[torch.Tensor | None, tuple[int, ...]]:
+def by_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
     """The tensor and its `operand`, or those of a copy: column by column, each element is a cache line of its own."""
     words = operand(tensor)
-    if words[3] > 1 and tensor is not None and tensor.dim() == 2 and not tensor.is_contiguous():
+    if words[3] > 1 and tensor.dim() == 2 and not tensor.is_contiguous():
         tensor = tensor.contiguous()
         words = operand(tensor)
     return tensor, words
@@ -121,9 +121,12 @@ class Library:
 
     def new_result(self, like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Memory for a contiguous result of this shape, of huge pages if it is large."""
-        result = torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
-        if result.nbytes >= _LARGE:
-            self.functions.fusedbayes_want_huge_pages(result.data_ptr(), result.nbytes)
+        if dtype is None and like.is_contiguous():
+            result = torch.empty_like(like)
+        else:
+            result = torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
+        if (size := result.nbytes) >= _LARGE:
+            self.functions.fusedbayes_want_huge_pages(result.data_ptr(), size)
         return result
 
     def _arguments(

@@ -18,17 +18,8 @@ class Parameter(NamedTuple):
     prior_sigma: Tensor | None
 
 
-class Key(NamedTuple):
-    """Which noise a tensor has; the sample may be missing, for 0.
-
-    Attributes:
-        rows: int64, of each of the tensor's rows the row of the noise; None for 0, 1, 2, ...
-    """
-
-    seed: Tensor
-    sample: Tensor | None
-    address: Sequence[int]
-    rows: Tensor | None = None
+# Which noise a tensor has: seed, sample, which may be missing for 0, and address.
+Key = tuple[Tensor, Tensor | None, Sequence[int]]
 
 
 def make_problem(
@@ -42,6 +33,7 @@ def make_problem(
     grad_rho: Tensor | None = None,
     accumulate: bool = False,
     mixture: Tensor | None = None,
+    noise_rows: Tensor | None = None,
 ) -> Problem:
     """The C++'s view of a parameter; a vector is one row.
 
@@ -54,6 +46,7 @@ def make_problem(
         grad_mu, grad_rho: where the gradients are written, contiguous.
         accumulate: whether they are added to what is there.
         mixture: a scale mixture that is the prior instead, as `mixture.prepared`.
+        noise_rows: int64, of each of the parameter's rows the row of the noise; None for 0, 1, 2, ...
     """
     mu, rho, prior_mu, prior_sigma = parameter
     shape = mu.shape
@@ -64,7 +57,8 @@ def make_problem(
         grad_kl = None if mixture is None else grad_kl
     elif prior_mu.dim() == prior_sigma.dim() == 0:
         prior_mu, prior_sigma, scalar_prior = _as_float(prior_mu), _as_float(prior_sigma), True
-        prior = (pointer(prior_mu), *_NUMBER, pointer(prior_sigma), *_NUMBER)
+        begins = prior_mu.data_ptr() or pointer(prior_mu), prior_sigma.data_ptr() or pointer(prior_sigma)
+        prior = (begins[0], *_NUMBER, begins[1], *_NUMBER)
     else:
         (prior_mu, mu_of_prior), (prior_sigma, sigma_of_prior) = (
             by_rows(given.expand(shape)) for given in (prior_mu, prior_sigma)
@@ -74,17 +68,16 @@ def make_problem(
         grad_kl = _as_float(grad_kl)
     noise = _NO_NOISE
     if key is not None:
-        seed, sample, address, noise_rows = key
-        noise = (pointer(seed), pointer(sample), *address, pointer(noise_rows))
-    gradients = _NO_GRADIENTS
+        seed, sample, address = key
+        noise = (seed.data_ptr() or pointer(seed), pointer(sample), *address, pointer(noise_rows))
+    gradients, product = _NO_GRADIENTS, ABSENT
+    if grad_product is not None:
+        grad_product, product = by_rows(grad_product)
     if grad_mu is not None:
-        grad_product, product_words = by_rows(grad_product)
-        gradients = product_words + operand(grad_mu) + operand(grad_rho)
-    words = pack_problem(
-        *(columns, scalar_prior, *mu_words, *rho_words, *prior),
-        *(*noise, pointer(grad_kl), *gradients, accumulate, pointer(mixture)),
-    )
-    held = (mu, rho, prior_mu, prior_sigma, grad_kl, grad_product, grad_mu, grad_rho, mixture, key)
+        gradients = product + operand(grad_mu) + operand(grad_rho)
+    end = pointer(grad_kl), *gradients, accumulate, pointer(mixture)
+    words = pack_problem(*(columns, scalar_prior, *mu_words, *rho_words, *prior, *noise, *end))
+    held = (mu, rho, prior_mu, prior_sigma, grad_kl, grad_product, grad_mu, grad_rho, mixture, key, noise_rows)
     return Problem(rows, words, held)
 
 
@@ -111,7 +104,7 @@ def sample_weight(
 ) -> tuple[Tensor, Tensor]:
     """W and its KL."""
     parameter, weight = Parameter(mu, rho, prior_mu, prior_sigma), library().new_result(mu, dtype)
-    problem = make_problem(parameter, Key(seed, sample, address), with_kl=with_kl)
+    problem = make_problem(parameter, (seed, sample, address), with_kl=with_kl)
     return weight, kl_tensor(library().forward(problem, Output.WEIGHT, weight), mu, with_kl)
 
 
@@ -124,28 +117,27 @@ def normal(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """eps of these rows, or of so many: `fusedbayes.noise.normal` to 1e-5."""
-    return _noise(Output.NORMAL, torch.float32, rows, columns, Key(seed, sample, address)).to(dtype)
+    return _noise(Output.NORMAL, torch.float32, rows, columns, (seed, sample, address)).to(dtype)
 
 
 def signs(
     rows: Tensor, columns: int, seed: Tensor, sample: Tensor | None, address: Sequence[int], dtype: torch.dtype
 ) -> Tensor:
     """Likewise `fusedbayes.noise.signs`."""
-    return _noise(Output.SIGN, torch.float32, rows, columns, Key(seed, sample, address)).to(dtype)
+    return _noise(Output.SIGN, torch.float32, rows, columns, (seed, sample, address)).to(dtype)
 
 
 def words(rows: Tensor | int, columns: int, seed: Tensor, sample: Tensor | None, address: Sequence[int]) -> Tensor:
     """Likewise the word of each column as int32, the bits of `fusedbayes.noise.philox_words`."""
-    return _noise(Output.WORD, torch.int32, rows, columns, Key(seed, sample, address))
+    return _noise(Output.WORD, torch.int32, rows, columns, (seed, sample, address))
 
 
 def _noise(kind: Output, dtype: torch.dtype, rows: Tensor | int, columns: int, key: Key) -> Tensor:
     count = rows.shape[0] if isinstance(rows, Tensor) else rows
     out = torch.empty((count, columns), dtype=dtype, device="cpu")
-    if isinstance(rows, Tensor):
-        key = key._replace(rows=rows.contiguous())
+    noise_rows = rows.contiguous() if isinstance(rows, Tensor) else None
     # Neither mean nor deviation is read.
-    library().forward(make_problem(Parameter(out, out, None, None), key), kind, out)
+    library().forward(make_problem(Parameter(out, out, None, None), key, noise_rows=noise_rows), kind, out)
     return out
 
 
@@ -168,7 +160,7 @@ def sample_weight_backward(
 ) -> tuple[Tensor, Tensor]:
     """dmu and drho."""
     parameter = Parameter(mu, rho, prior_mu, prior_sigma)
-    key = None if seed is None or grad_weight is None else Key(seed, sample, address)
+    key = None if seed is None or grad_weight is None else (seed, sample, address)
     grads = library().new_result(mu), library().new_result(rho)
     problem = make_problem(
         parameter,
