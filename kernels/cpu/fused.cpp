@@ -28,6 +28,7 @@
 
 #define INLINE inline __attribute__((always_inline))
 #define NOINLINE __attribute__((noinline))
+#define EACH for (int k = 0; k < N; k++)
 
 namespace {
 

@@ -15,8 +15,6 @@ typedef uint64_t Wides __attribute__((vector_size(4 * LANES)));
 
 constexpr int GROUP = 4 * LANES;  // columns that one step draws: LANES quads
 
-#define EACH for (int k = 0; k < N; k++)
-
 INLINE Floats fill(float value) { return Floats{} + value; }
 
 INLINE Floats load(const float* from) {
@@ -510,7 +508,7 @@ INLINE double forward(const Problem& p, const Piece& piece, const float* eps) {
 // dL by what was sampled, d its derivative by sigma, and G is H if W was sampled. USUAL: that is so, and the gradients are
 // not added to others.
 template <bool KL, bool SCALAR, bool USUAL, bool TAIL>
-INLINE void backward(const Problem& p, const Piece& piece, const float* eps) {
+INLINE double backward(const Problem& p, const Piece& piece, const float* eps) {
     constexpr int N = TAIL ? 1 : GROUP / LANES;
     float buffers[9][LONGEST + GROUP];
     const Sampled<USUAL> sampled(p, eps);
@@ -555,32 +553,21 @@ INLINE void backward(const Problem& p, const Piece& piece, const float* eps) {
     if (weight) flush(p.weight, piece, weight);
     flush(p.grad_mu, piece, grad_mu);
     flush(p.grad_rho, piece, grad_rho);
-}
-
-// Whether the noise of a pass's output is drawn.
-INLINE bool is_drawn(const Problem& p) { return p.output == WEIGHT || p.output == PERTURBATION; }
-
-// A row, or LONGEST columns of one, in two pieces: whole groups, and the rest.
-template <bool KL, bool SCALAR, bool USUAL>
-INLINE double forward_in_pieces(const Problem& p, int64_t row, int64_t first_column, int columns) {
-    float buffer[LONGEST + GROUP];
-    const float* eps = is_drawn(p) ? draw(p, Piece(row, first_column, columns), buffer) : nullptr;
-    const int whole = columns / GROUP * GROUP, rest = columns - whole;
-    double kl = 0.0;
-    if (whole) kl += forward<KL, SCALAR, USUAL, false>(p, Piece(row, first_column, whole), eps);
-    if (rest) kl += forward<KL, SCALAR, USUAL, true>(p, Piece(row, first_column + whole, rest), eps ? eps + whole : nullptr);
-    return kl;
-}
-
-template <bool KL, bool SCALAR, bool USUAL>
-INLINE double backward_in_pieces(const Problem& p, int64_t row, int64_t first_column, int columns) {
-    float buffer[LONGEST + GROUP];
-    const bool drawn = is_drawn(p) && (p.weight.data || p.grad_sampled.data || p.grad_product.data);
-    const float* eps = drawn ? draw(p, Piece(row, first_column, columns), buffer) : nullptr;
-    const int whole = columns / GROUP * GROUP, rest = columns - whole;
-    if (whole) backward<KL, SCALAR, USUAL, false>(p, Piece(row, first_column, whole), eps);
-    if (rest) backward<KL, SCALAR, USUAL, true>(p, Piece(row, first_column + whole, rest), eps ? eps + whole : nullptr);
     return 0.0;
+}
+
+// A row, or LONGEST columns of one, with its noise if it is drawn, in two pieces: whole groups, and the rest. The sum of
+// what `compute` makes of them.
+template <class Compute>
+INLINE double in_pieces(
+    const Problem& p, int64_t row, int64_t first_column, int columns, bool is_drawn, Compute compute) {
+    float buffer[LONGEST + GROUP];
+    const float* eps = is_drawn ? draw(p, Piece(row, first_column, columns), buffer) : nullptr;
+    const int whole = columns / GROUP * GROUP, rest = columns - whole;
+    double sum = 0.0;
+    if (whole) sum += compute(std::false_type(), Piece(row, first_column, whole), eps);
+    if (rest) sum += compute(std::true_type(), Piece(row, first_column + whole, rest), eps ? eps + whole : nullptr);
+    return sum;
 }
 
 double forward_pass(const Problem& p, int64_t row, int64_t first_column, int columns) {
@@ -592,25 +579,34 @@ double forward_pass(const Problem& p, int64_t row, int64_t first_column, int col
         write_noise(p, Piece(row, first_column, columns));
         return 0.0;
     }
-    const auto piece_of = [&](auto kl, auto scalar) {
-        return p.output == WEIGHT ? forward_in_pieces<kl, scalar, true>(p, row, first_column, columns)
-                                  : forward_in_pieces<kl, scalar, false>(p, row, first_column, columns);
+    const bool is_drawn = p.output == WEIGHT || p.output == PERTURBATION;
+    const auto row_of = [&](auto kl, auto scalar, auto usual) {
+        return in_pieces(p, row, first_column, columns, is_drawn, [&](auto tail, const Piece& piece, const float* eps) {
+            return forward<kl, scalar, usual, tail>(p, piece, eps);
+        });
     };
-    if (!p.prior_sigma.data) return piece_of(WITHOUT_KL, SCALAR_PRIOR);
-    return p.scalar_prior ? piece_of(WITH_KL, SCALAR_PRIOR) : piece_of(WITH_KL, TENSOR_PRIOR);
+    const auto usual_or_not = [&](auto kl, auto scalar) {
+        return p.output == WEIGHT ? row_of(kl, scalar, std::true_type()) : row_of(kl, scalar, std::false_type());
+    };
+    if (!p.prior_sigma.data) return usual_or_not(WITHOUT_KL, SCALAR_PRIOR);
+    return p.scalar_prior ? usual_or_not(WITH_KL, SCALAR_PRIOR) : usual_or_not(WITH_KL, TENSOR_PRIOR);
 }
 
 double backward_pass(const Problem& p, int64_t row, int64_t first_column, int columns) {
-    const bool usual = p.output == WEIGHT && !p.accumulate && !p.grad_product.data != !p.grad_sampled.data;
-    const auto piece_of = [&](auto kl, auto scalar) {
-        return usual ? backward_in_pieces<kl, scalar, true>(p, row, first_column, columns)
-                     : backward_in_pieces<kl, scalar, false>(p, row, first_column, columns);
+    const bool has_gradient = p.grad_product.data || p.grad_sampled.data;
+    const bool is_usual = p.output == WEIGHT && !p.accumulate && !p.grad_product.data != !p.grad_sampled.data;
+    const bool is_drawn = (p.output == WEIGHT || p.output == PERTURBATION) && (has_gradient || p.weight.data);
+    const auto row_of = [&](auto kl, auto scalar, auto usual) {
+        return in_pieces(p, row, first_column, columns, is_drawn, [&](auto tail, const Piece& piece, const float* eps) {
+            return backward<kl, scalar, usual, tail>(p, piece, eps);
+        });
     };
-    if (!p.grad_kl) return piece_of(WITHOUT_KL, SCALAR_PRIOR);
-    return p.scalar_prior ? piece_of(WITH_KL, SCALAR_PRIOR) : piece_of(WITH_KL, TENSOR_PRIOR);
+    const auto usual_or_not = [&](auto kl, auto scalar) {
+        return is_usual ? row_of(kl, scalar, std::true_type()) : row_of(kl, scalar, std::false_type());
+    };
+    if (!p.grad_kl) return usual_or_not(WITHOUT_KL, SCALAR_PRIOR);
+    return p.scalar_prior ? usual_or_not(WITH_KL, SCALAR_PRIOR) : usual_or_not(WITH_KL, TENSOR_PRIOR);
 }
-
-#undef EACH
 
 }  // namespace isa
 }  // namespace
