@@ -1,4 +1,4 @@
-"""Fits the polynomials of kernels/cpu/passes.h: for each, the coefficients and the largest error.
+"""Fits the polynomials of kernels/cpu/vectors.h: for each, the coefficients and the largest error.
 
     python docs/fit_polynomials.py
 

@@ -86,7 +86,7 @@ def fused_prior(mu: Tensor, prior: Prior, prefix: str) -> tuple[Tensor, Tensor]:
     """The prior as the operators take it: each tensor 0-d or of mu's shape."""
     if type(prior) is tuple and len(prior) == 2:
         prior_mu, prior_sigma = prior
-        if _is_plain_number(prior_mu, mu.device) and _is_plain_number(prior_sigma, mu.device):
+        if _is_scalar_operand(prior_mu, mu.device) and _is_scalar_operand(prior_sigma, mu.device):
             return prior_mu, prior_sigma
     prior_mu, prior_sigma = prior_tensors(mu, prior, prefix)
     if prior_mu.requires_grad or prior_sigma.requires_grad:
@@ -97,8 +97,8 @@ def fused_prior(mu: Tensor, prior: Prior, prefix: str) -> tuple[Tensor, Tensor]:
     return _as_operand(prior_mu, mu), _as_operand(prior_sigma, mu)
 
 
-def _is_plain_number(value: float | Tensor, device: torch.device) -> TypeGuard[Tensor]:
-    """Whether this is a 0-d float32 tensor without grad on the device, as the priors of nearly every layer are."""
+def _is_scalar_operand(value: float | Tensor, device: torch.device) -> TypeGuard[Tensor]:
+    """Whether `like` and `_as_operand` would return this as it is: for what nearly every layer's prior is, at once."""
     return (
         type(value) is Tensor
         and value.dtype is torch.float32

@@ -123,7 +123,7 @@ class ELBO(nn.Module):
             nll = nll / self.num_samples
         kl = kl_of_forward()
         # A model may lie on several devices: the outputs are on the last one.
-        return ElboOutput(nll.add(kl.to(nll.device), alpha=self._current_kl_weight() / self.num_data), nll, kl)
+        return ElboOutput(nll + (self._current_kl_weight() / self.num_data) * kl.to(nll.device), nll, kl)
 
     def _nll_of_samples(self, x: Any, y: Any, at_once: int) -> Tensor:
         """The sum over so many samples of their mean nll, in one forward."""
@@ -200,7 +200,7 @@ def _is_current(result: FusedKL, layer: BayesModule) -> bool:
     if not torch.is_grad_enabled():
         return True
     differentiable = result.kl.requires_grad
-    return (differentiable and all(result.requires_grad)) or all(
+    return all(
         (differentiable and had) or not now.requires_grad
         for had, now in zip(result.requires_grad, present, strict=True)
     )

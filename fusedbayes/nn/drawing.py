@@ -122,7 +122,7 @@ class DrawnTensors(RandomTensors):
         return self._kl_wanted and self._kl_of_forward is None and self.has_fused_kl()
 
     def _record_kl(self, kl: Tensor, parameters: list[Tensor]) -> None:
-        """Keeps the KL for whoever wants it, and of which `posteriors` it is."""
+        """Keeps the KL, and the mu and rho that it is of."""
         vars(self)["_kl_of_forward"] = FusedKL(kl, parameters, [p.requires_grad for p in parameters])
 
     def _samples_in(self, input: Tensor) -> int:

@@ -24,8 +24,8 @@ class _BayesLinearMap(BayesModule):
 
     def forward(self, input: Tensor) -> Tensor:
         draw = self._draw(input)
-        posterior, bias = self.posterior("weight"), self.posterior("bias")
-        weight = self._oriented(posterior)
+        held, bias = self.posterior("weight"), self.posterior("bias")
+        weight = self._oriented(held)
         if draw is None:
             return F.linear(check_linear(input, *weight, *bias), weight[0], bias[0])
         same_input = False
@@ -54,7 +54,7 @@ class _BayesLinearMap(BayesModule):
             estimator=draw.estimator,
         )
         if kl is not None:
-            self._record_kl(kl, [*posterior, *(() if bias[0] is None else bias)])
+            self._record_kl(kl, [*held, *(() if bias[0] is None else bias)])
         return y
 
 

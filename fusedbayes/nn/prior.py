@@ -38,7 +38,7 @@ class RandomTensors(PrunedTensors):
     def names(self) -> list[str]:
         """The random tensors that the layer has: without a bias, "bias" is not among them."""
         held = self._parameters
-        # A mean that is not held is parametrized, and so there.
+        # What is not held here is elsewhere: parametrized, or a replica's attribute.
         return [name for name in self.random_tensors if held.get(f"{name}_mu", name) is not None]
 
     def gaussian(self, name: str) -> GaussianParameter:
@@ -47,12 +47,7 @@ class RandomTensors(PrunedTensors):
 
     def posterior(self, name: str) -> tuple[Tensor, Tensor]:
         """mu and rho of the random tensor `name`; of pruned weights those that `set_pruned` says, without gradients."""
-        held: Any = self._parameters
-        mu_name, rho_name, pruned = f"{name}_mu", f"{name}_rho", self.pruned(name)
-        if mu_name in held and rho_name in held:  # where `_tensor` looks first; this is asked several times in a step
-            mu, rho = held[mu_name], held[rho_name]
-        else:
-            mu, rho = self._tensor(mu_name), self._tensor(rho_name)
+        mu, rho, pruned = self._tensor(f"{name}_mu"), self._tensor(f"{name}_rho"), self.pruned(name)
         return (mu, rho) if pruned is None else masked(mu, rho, pruned)
 
     def posteriors(self) -> list[Tensor]:
@@ -102,10 +97,11 @@ class RandomTensors(PrunedTensors):
     def _tensor(self, attribute: str) -> Any:
         # From where torch.nn.Module keeps it: its own way there takes several times as long. A parametrized tensor is
         # not kept, but computed by a property.
-        for held in (self._parameters, self._buffers):
-            if attribute in held:
-                return held[attribute]
-        return getattr(self, attribute)
+        held: Any = self._parameters
+        if attribute in held:
+            return held[attribute]
+        held = self._buffers
+        return held[attribute] if attribute in held else getattr(self, attribute)
 
     def kl_loss(self) -> Tensor:
         """KL of the posterior from the prior, summed over the layer's parameters, each once; see `fusedbayes.kl_loss`.

@@ -48,7 +48,7 @@ class VariationalParameter(NamedTuple):
 
 def qualified_name(path: str) -> str:
     """A module's name without the names that wrappers such as torch.compile's put into its path."""
-    return ".".join(part for part in path.split(".") if part not in _WRAPPERS) if "_" in path else path
+    return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
 
 
 def bayes_modules(model: nn.Module) -> Iterator[tuple[str, BayesModule]]:

@@ -1,7 +1,7 @@
 """The CPU kernel: the operators of `fusedbayes.ops` in C++, one pass over the parameters each.
 
 Each launcher takes and returns tensors like the operator of the same name, allocates its outputs and validates nothing.
-Matrix products are the library's. The C++ is fused.cpp, passes.h and mixture.h; `native.load` says whether it was
+Matrix products are the library's. The C++ is fused.cpp and the headers beside it; `native.load` says whether it was
 built.
 """
 

@@ -1,7 +1,7 @@
 // Sampling, KL and gradients of Gaussian weights on a CPU, in one pass over the parameters: see docs/cpu.md.
 //
-// Plain functions over pointers, called through ctypes by kernels/cpu/native.py, which mirrors the structures below.
-// passes.h and mixture.h are compiled once for each instruction set; which one runs is the caller's choice at run time.
+// Plain functions over pointers, called through ctypes by kernels/cpu/native.py, which mirrors the structures below. The
+// headers here are compiled once for each instruction set; which one runs is the caller's choice at run time.
 
 #include <algorithm>
 #include <atomic>
@@ -27,7 +27,7 @@
 #endif
 
 #define INLINE inline __attribute__((always_inline))
-#define NOINLINE __attribute__((noinline))
+#define NOINLINE __attribute__((noinline))  // what is called once for a piece: inlined, it takes minutes to compile
 #define EACH for (int k = 0; k < N; k++)
 
 namespace {
@@ -103,13 +103,15 @@ constexpr std::false_type WITHOUT_KL, TENSOR_PRIOR;
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // in GCC's own intrinsics, whose masked lanes are undefined
+// In GCC's own intrinsics, whose masked lanes are undefined.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 
 TARGET_BEGIN("avx512f,avx512dq,avx512vl,avx512bw,avx2,fma")
 #define isa avx512
 #define LANES 16
+#include "vectors.h"
 #include "passes.h"
 #include "mixture.h"
 #undef LANES
@@ -119,6 +121,7 @@ TARGET_END
 TARGET_BEGIN("avx2,fma")
 #define isa avx2
 #define LANES 8
+#include "vectors.h"
 #include "passes.h"
 #include "mixture.h"
 #undef LANES
@@ -133,6 +136,7 @@ TARGET_END
 
 #define isa portable
 #define LANES 4
+#include "vectors.h"
 #include "passes.h"
 #include "mixture.h"
 #undef LANES
@@ -254,8 +258,9 @@ int64_t fusedbayes_instruction_set() {
     return 0;
 }
 
-// Asks for huge pages for what lies wholly in these bytes. Gradients are allocated anew in each step, and page by page the
-// first touch of a large one takes as long as its gradient.
+// Asks for huge pages for what lies wholly in these bytes: memory that is allocated anew in each step is touched page by
+// page, which may take longer than computing what is written there. Linux heeds it where
+// /sys/kernel/mm/transparent_hugepage/enabled says madvise, as it mostly does.
 void fusedbayes_want_huge_pages(char* begin, int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
     constexpr int64_t PAGE = 2 << 20;

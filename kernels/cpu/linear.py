@@ -14,6 +14,7 @@ from fusedbayes.kernels.streams import sample_after
 
 # Weights of a block: 4 MiB in fp32, small enough for the cache, large enough for an efficient product.
 BLOCK = 1 << 20
+_MOST_VIEWS = 256  # of a thread's block: more shapes than a network has
 
 
 class _Workspace(threading.local):
@@ -25,7 +26,7 @@ class _Workspace(threading.local):
 
     def __init__(self) -> None:
         self._memory: dict[tuple[torch.dtype, int], Tensor] = {}
-        self._views: dict[tuple[int, int, torch.dtype, int], Tensor] = {}
+        self._views: dict[tuple[int, int, torch.dtype, int], Tensor] = {}  # of it, by shape: to make one takes longer
         self._depth = 0
 
     def __enter__(self) -> None:
@@ -44,6 +45,8 @@ class _Workspace(threading.local):
                 if (dtype, number) not in self._memory:
                     self._memory[dtype, number] = torch.empty(BLOCK, dtype=dtype, device="cpu")
                 view = self._memory[dtype, number].as_strided((rows, columns), (columns, 1))
+            if len(self._views) == _MOST_VIEWS:
+                self._views.clear()
             self._views[rows, columns, dtype, number] = view
         return view
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 FOLDER = Path(__file__).parent
-SOURCES = ("fused.cpp", "passes.h", "mixture.h")
+SOURCES = ("fused.cpp", "vectors.h", "passes.h", "mixture.h")
 LIBRARY = "libfused.so.1"  # not a name that Python would take for a module of its own
 
 DTYPES = frozenset((torch.float32, torch.bfloat16))  # floating dtypes that the kernel takes
@@ -48,10 +48,10 @@ class Problem(NamedTuple):
     held: tuple[object, ...]
 
 
-_LARGE = 4 << 20  # bytes, of which at least one huge page is whole
+_LARGE = 4 << 20  # bytes, in which at least one huge page of 2 MiB is whole
 ABSENT: tuple[int, ...] = (0, 0, 0, 0, 0)
 # A pass takes its arguments as 64-bit words in the order of the C++: a ctypes.Structure takes longer to fill than a
-# small layer to compute. First those of a call, then those of a `Problem`.
+# small layer to compute. First those of a call, then those of a `Problem` as below.
 _CALL, _PROBLEM = struct.Struct("@16q"), struct.Struct("@46q")
 pack_problem = _PROBLEM.pack
 
@@ -71,9 +71,8 @@ def operand(tensor: torch.Tensor | None, first_row: int = 0) -> tuple[int, ...]:
     if tensor is None:
         return ABSENT
     strides = tensor.stride()
-    if len(strides) != 2:
-        strides = (0, *strides) if strides else (0, 0)
-    return tensor.data_ptr() or pointer(tensor), _TYPES[tensor.dtype], *strides, first_row
+    row, column = strides if len(strides) == 2 else (0, *strides) if strides else (0, 0)
+    return pointer(tensor), _TYPES[tensor.dtype], row, column, first_row
 
 
 def by_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:

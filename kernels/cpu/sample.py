@@ -57,8 +57,7 @@ def make_problem(
         grad_kl = None if mixture is None else grad_kl
     elif prior_mu.dim() == prior_sigma.dim() == 0:
         prior_mu, prior_sigma, scalar_prior = _as_float(prior_mu), _as_float(prior_sigma), True
-        begins = prior_mu.data_ptr() or pointer(prior_mu), prior_sigma.data_ptr() or pointer(prior_sigma)
-        prior = (begins[0], *_NUMBER, begins[1], *_NUMBER)
+        prior = (pointer(prior_mu), *_NUMBER, pointer(prior_sigma), *_NUMBER)
     else:
         (prior_mu, mu_of_prior), (prior_sigma, sigma_of_prior) = (
             by_rows(given.expand(shape)) for given in (prior_mu, prior_sigma)
@@ -69,14 +68,14 @@ def make_problem(
     noise = _NO_NOISE
     if key is not None:
         seed, sample, address = key
-        noise = (seed.data_ptr() or pointer(seed), pointer(sample), *address, pointer(noise_rows))
+        noise = (pointer(seed), pointer(sample), *address, pointer(noise_rows))
     gradients, product = _NO_GRADIENTS, ABSENT
     if grad_product is not None:
         grad_product, product = by_rows(grad_product)
     if grad_mu is not None:
         gradients = product + operand(grad_mu) + operand(grad_rho)
     end = pointer(grad_kl), *gradients, accumulate, pointer(mixture)
-    words = pack_problem(*(columns, scalar_prior, *mu_words, *rho_words, *prior, *noise, *end))
+    words = pack_problem(columns, scalar_prior, *mu_words, *rho_words, *prior, *noise, *end)
     held = (mu, rho, prior_mu, prior_sigma, grad_kl, grad_product, grad_mu, grad_rho, mixture, key, noise_rows)
     return Problem(rows, words, held)
 
