@@ -306,6 +306,25 @@ def test_what_is_not_finite_is_not_hidden(instruction_set: str, value: float) ->
     assert not kl.isfinite()
 
 
+def test_the_gradient_of_a_huge_rho_is_finite(instruction_set: str) -> None:
+    parameter = torch.zeros(1, 8), torch.full((1, 8), 1e37), None, None
+    key = torch.tensor(1), None, Address()
+    grad_weight = torch.full((1, 8), 1e3)
+    _, grad_rho = ops.sample_weight_backward(grad_weight, None, *parameter, *key)
+    # sigma grows as rho does there, so that drho is the cotangent times eps, which is right to 1e-5.
+    eps = noise.normal(1, 1, 8)
+    torch.testing.assert_close(grad_rho, grad_weight * eps, rtol=0.0, atol=1e3 * 1e-5)
+
+
+def test_results_in_huge_pages_are_those_of_their_rows() -> None:
+    mu, rho, grad = (torch.randn(1025, 1024) for _ in range(3))  # more than 4 MiB, from where on they are asked for
+    key = torch.tensor(1), None, Address()
+    grads = ops.sample_weight_backward(grad, None, mu, rho, None, None, *key)
+    of_few = ops.sample_weight_backward(grad[:2], None, mu[:2], rho[:2], None, None, *key)
+    for all_rows, few_rows in zip(grads, of_few, strict=True):
+        assert torch.equal(all_rows[:2], few_rows) and all_rows.isfinite().all()
+
+
 @pytest.mark.parametrize("parallel", [True, False], ids=["openmp", "own-threads"])
 def test_every_number_of_threads_gives_the_same_bits(
     parallel: bool, threads: None, monkeypatch: pytest.MonkeyPatch

@@ -162,6 +162,14 @@ def test_half_precision_nll_is_averaged_in_fp32() -> None:
     assert abs(out.nll.item() - 1.0) <= 600 * 2.0**-24
 
 
+def test_a_compiled_objective_is_not_compiled_for_each_weight_of_the_kl() -> None:
+    elbo = ELBO(BayesLinear(3, 2), F.cross_entropy, NUM_DATA)
+    compiled = torch.compile(elbo, backend="aot_eager", fullgraph=True)
+    for step in range(12):  # more than torch.compile compiles one function: with fullgraph it raises then
+        elbo.kl_weight = 0.1 * step
+        compiled(torch.zeros(4, 3), torch.tensor([0, 1, 0, 1]))
+
+
 def test_a_compiled_model_is_not_compiled_for_each_use() -> None:
     """Training, evaluation and prediction, twice: at most one graph for each of plain, fused, frozen and mean."""
     graphs: list[Any] = []
