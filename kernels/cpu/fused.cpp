@@ -260,7 +260,7 @@ int64_t fusedbayes_instruction_set() {
 
 // Asks for huge pages for what lies wholly in these bytes: memory that is allocated anew in each step is touched page by
 // page, which may take longer than computing what is written there. Linux heeds it where
-// /sys/kernel/mm/transparent_hugepage/enabled says madvise, as it mostly does.
+// /sys/kernel/mm/transparent_hugepage/enabled says madvise.
 void fusedbayes_want_huge_pages(char* begin, int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
     constexpr int64_t PAGE = 2 << 20;

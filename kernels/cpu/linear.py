@@ -214,7 +214,7 @@ def bayes_linear_backward(
         second_x, second_grad = second_operands(x, grad_y, slope, noise, estimator)
         assert second_grad is not None
         activations = _Activations(x, grad_y, second_x, second_grad)
-    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_x else None
+    grad_x = library().new_result(x) if needs_x else None
     grads = _accumulators(weight, len(batches)) if needs_weight else None
     _pass(layer, batches, activations, grad_kl, grad_x, grads)
     if grad_x is not None and pair:

@@ -6,15 +6,23 @@
 namespace {
 namespace isa {
 
-// d, and exp(-|d|). The squares' difference as a product: it is a small number where both are large.
+// N vectors of weights: rho, t and sigma as in `exps_and_sigmas`, w, d, and e = exp(-|d|).
 template <int N>
-INLINE void weigh(const Mixture& m, const Floats w[N], Floats d[N], Floats e[N]) {
-    const float sum = m.narrow_inverse + m.wide_inverse, difference = m.narrow_inverse - m.wide_inverse;
-    Floats x[N];
-    EACH d[k] = w[k] * (0.5f * difference) * (w[k] * sum) + m.log_odds;
-    EACH x[k] = minus_absolute(d[k]);
-    exponentials<N>(x, e);
-}
+struct Weights {
+    Floats rho[N], t[N], sigma[N], w[N], d[N], e[N];
+
+    INLINE Weights(const Mixture& m, const float* mu_at, const float* rho_at, const float* eps_at) {
+        // The squares' difference as a product: it is a small number where both are large.
+        const float sum = m.narrow_inverse + m.wide_inverse, difference = m.narrow_inverse - m.wide_inverse;
+        Floats x[N];
+        EACH rho[k] = load(rho_at + k * LANES);
+        exps_and_sigmas<N>(rho, t, sigma);
+        EACH w[k] = load(mu_at + k * LANES) + sigma[k] * load(eps_at + k * LANES);
+        EACH d[k] = w[k] * (0.5f * difference) * (w[k] * sum) + m.log_odds;
+        EACH x[k] = minus_absolute(d[k]);
+        exponentials<N>(x, e);
+    }
+};
 
 // log q(w) - log p(w) = (w^2 / wide^2 - eps^2) / 2 - log(sigma (1 + e) / wide) - max(-d, 0) - log share, summed.
 template <bool TAIL>
@@ -29,15 +37,11 @@ INLINE double mixture_forward(const Problem& p, const Piece& piece, const float*
         Product sigmas, wides;
         const int end = TAIL ? piece.padded : column + GROUP;
         for (int i = column; i < end; i += N * LANES) {
-            Floats r[N], t[N], sigma[N], w[N], d[N], e[N];
-            EACH r[k] = load(rho + i + k * LANES);
-            exps_and_sigmas<N>(r, t, sigma);
-            EACH w[k] = load(mu + i + k * LANES) + sigma[k] * load(eps + i + k * LANES);
-            weigh<N>(m, w, d, e);
+            const Weights<N> weights(m, mu + i, rho + i, eps + i);
             EACH {
-                const Floats z = load(eps + i + k * LANES), scaled = w[k] * m.wide_inverse;
-                Floats square = scaled * scaled - z * z, more = maximum(fill(0.0f), -d[k]);
-                Floats factor = sigma[k] + sigma[k] * e[k];
+                const Floats z = load(eps + i + k * LANES), scaled = weights.w[k] * m.wide_inverse;
+                Floats square = scaled * scaled - z * z, more = maximum(fill(0.0f), -weights.d[k]);
+                Floats factor = weights.sigma[k] + weights.sigma[k] * weights.e[k];
                 if (TAIL) {
                     const Ints exists = lanes_before(piece.columns - i - k * LANES);
                     square = exists ? square : fill(0.0f), more = exists ? more : fill(0.0f);
@@ -64,19 +68,17 @@ INLINE double mixture_backward(const Problem& p, const Piece& piece, const float
     float* grad_rho = target(p.grad_rho, piece, buffers[3]);
     const Floats grad_kl = fill(*p.grad_kl);
     for (int i = 0; i < piece.padded; i += N * LANES) {
-        Floats r[N], t[N], sigma[N], w[N], d[N], e[N];
-        EACH r[k] = load(rho + i + k * LANES);
-        exps_and_sigmas<N>(r, t, sigma);
-        EACH w[k] = load(mu + i + k * LANES) + sigma[k] * load(eps + i + k * LANES);
-        weigh<N>(m, w, d, e);
+        const Weights<N> weights(m, mu + i, rho + i, eps + i);
         EACH {
             const int j = i + k * LANES;
-            const Floats larger = 1.0f / (1.0f + e[k]), smaller = e[k] * larger;
-            const Floats wide = (d[k] > 0.0f ? larger : smaller) * m.wide_inverse;
-            const Floats narrow = (d[k] > 0.0f ? smaller : larger) * m.narrow_inverse;
-            const Floats h = w[k] * m.wide_inverse * wide + w[k] * m.narrow_inverse * narrow;
+            const Floats w = weights.w[k], d = weights.d[k], e = weights.e[k], sigma = weights.sigma[k];
+            const Floats larger = 1.0f / (1.0f + e), smaller = e * larger;
+            const Floats wide = (d > 0.0f ? larger : smaller) * m.wide_inverse;
+            const Floats narrow = (d > 0.0f ? smaller : larger) * m.narrow_inverse;
+            const Floats h = w * m.wide_inverse * wide + w * m.narrow_inverse * narrow;
+            const Floats slope = slope_over_sigma(weights.rho[k], weights.t[k], sigma);
             store(grad_mu + j, grad_kl * h);
-            store(grad_rho + j, grad_kl * (h * load(eps + j) * sigma[k] - 1.0f) * slope_over_sigma(r[k], t[k], sigma[k]));
+            store(grad_rho + j, grad_kl * (h * load(eps + j) * sigma - 1.0f) * slope);
         }
     }
     flush(p.grad_mu, piece, grad_mu);
