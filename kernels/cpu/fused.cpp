@@ -79,6 +79,30 @@ inline Noise noise_of(const Problem& p) {
     return {(uint32_t)seed, (uint32_t)(seed >> 32), p.sample ? (uint32_t)*p.sample : 0, (uint32_t)p.stream};
 }
 
+// What a pass reads and writes of a row beside the noise. It is asked for as the noise is drawn, for which memory would
+// have nothing to do; in the pass itself nearly every step would wait for it.
+struct Ahead {
+    static constexpr int MOST = 8;
+    const char* streams[MOST];
+    int64_t element_sizes[MOST];
+    int count = 0;
+
+    void add(const void* begin, int64_t element_size) {
+        streams[count] = (const char*)begin;
+        element_sizes[count++] = element_size;
+    }
+
+    // COLUMNS as a constant, and lines enough for floats whatever they are, so that no loop is left.
+    template <int COLUMNS>
+    INLINE void fetch(int column) const {
+        constexpr int LINE = 64, LINES = COLUMNS * (int)sizeof(float) / LINE;
+        for (int i = 0; i < count; i++) {
+            const char* begin = streams[i] + column * element_sizes[i];
+            for (int line = 0; line < LINES; line++) __builtin_prefetch(begin + line * LINE);
+        }
+    }
+};
+
 constexpr int LONGEST = 1024;         // columns of a row that are worked on at a time
 constexpr int64_t CHUNK = 16 * 1024;  // weights that a thread takes at a time, about 20 us of work
 constexpr float SIGMA_FLOOR = 0x1p-126f;

@@ -75,12 +75,26 @@ INLINE uint32_t row_of_noise(const Problem& p, const Piece& piece) {
     return (uint32_t)(p.row_offset + (p.noise_rows ? p.noise_rows[piece.row] : piece.row));
 }
 
+// Of a piece; but not W, whose block is in the cache.
+INLINE Ahead ahead_of(const Problem& p, const Piece& piece) {
+    Ahead ahead;
+    for (const Operand* operand : {&p.mu, &p.rho, &p.prior_mu, &p.prior_sigma, &p.grad_product, &p.grad_sampled,
+                                   &p.grad_mu, &p.grad_rho}) {
+        const bool is_again = operand == &p.grad_mu && operand->data == p.grad_product.data;
+        if (!operand->data || operand->column_stride != 1 || is_again) continue;
+        const int64_t element_size = operand->type == FLOAT32 ? 4 : 2;
+        ahead.add((const char*)operand->data + piece.offset(*operand) * element_size, element_size);
+    }
+    return ahead;
+}
+
 // The noise of a piece; the buffer has room for a group more.
 template <bool AS_WORDS = false>
-INLINE const float* draw(const Problem& p, const Piece& piece, float* buffer) {
+INLINE const float* draw(const Problem& p, const Piece& piece, const Ahead& ahead, float* buffer) {
     const int64_t column = p.column_offset + piece.first_column;
     const int shift = (int)(column % 4);
-    draw_columns<AS_WORDS>(noise_of(p), row_of_noise(p, piece), (uint32_t)(column / 4), piece.padded + shift, buffer);
+    draw_columns<AS_WORDS>(
+        noise_of(p), row_of_noise(p, piece), (uint32_t)(column / 4), piece.padded + shift, ahead, buffer);
     return buffer + shift;
 }
 
@@ -190,7 +204,7 @@ INLINE void write_signs(const Problem& p, const Piece& piece) {
     uint32_t words[LONGEST / 32 + 8 + GROUP];  // of the counters that the columns begin and end in, and a group more
     const int64_t column = p.column_offset + piece.first_column, first = column / 128;
     const int needed = 4 * (int)((column + piece.columns - 1) / 128 - first + 1);
-    draw_columns<true>(noise_of(p), row_of_noise(p, piece), (uint32_t)first, needed, (float*)words);
+    draw_columns<true>(noise_of(p), row_of_noise(p, piece), (uint32_t)first, needed, Ahead(), (float*)words);
     float* signs = (float*)p.weight.data + piece.offset(p.weight);
     for (int i = 0; i < piece.columns; i++) {
         const uint32_t c = (uint32_t)(column - 128 * first) + i;
@@ -201,7 +215,7 @@ INLINE void write_signs(const Problem& p, const Piece& piece) {
 // The noise itself.
 INLINE void write_noise(const Problem& p, const Piece& piece) {
     float buffer[LONGEST + GROUP];
-    const float* noise = p.output == WORD ? draw<true>(p, piece, buffer) : draw(p, piece, buffer);
+    const float* noise = p.output == WORD ? draw<true>(p, piece, Ahead(), buffer) : draw(p, piece, Ahead(), buffer);
     std::memcpy((float*)p.weight.data + piece.offset(p.weight), noise, piece.columns * sizeof(float));
 }
 
@@ -320,7 +334,8 @@ template <class Compute>
 INLINE double in_pieces(
     const Problem& p, int64_t row, int64_t first_column, int columns, bool is_drawn, Compute compute) {
     float buffer[LONGEST + GROUP];
-    const float* eps = is_drawn ? draw(p, Piece(row, first_column, columns), buffer) : nullptr;
+    const Piece all(row, first_column, columns);
+    const float* eps = is_drawn ? draw(p, all, ahead_of(p, all), buffer) : nullptr;
     const int whole = columns / GROUP * GROUP, rest = columns - whole;
     double sum = 0.0;
     if (whole) sum += compute(std::false_type(), Piece(row, first_column, whole), eps);

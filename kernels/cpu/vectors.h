@@ -229,10 +229,12 @@ INLINE Floats slope_over_sigma(Floats rho, Floats t, Floats sigma) {
 // The noise of `columns` columns of a row, and up to GROUP - 1 more, from a whole quad on: eps, or the bits of the words.
 // The key by value, so that what is stored cannot change it.
 template <bool AS_WORDS>
-NOINLINE void draw_columns(const Noise noise, uint32_t row, uint32_t first_quad, int columns, float* out) {
+NOINLINE void draw_columns(
+    const Noise noise, uint32_t row, uint32_t first_quad, int columns, const Ahead& ahead, float* out) {
     Words next[4];
     philox(noise, quads_of_lanes() + first_quad, row, next);
     for (int column = 0; column < columns; column += GROUP) {
+        ahead.fetch<GROUP>(column);
         const Words words[4] = {next[0], next[1], next[2], next[3]};
         // The next group's words while the results of these are waited for: either takes many steps in a row.
         if (column + GROUP < columns) philox(noise, quads_of_lanes() + (first_quad + (column + GROUP) / 4), row, next);
