@@ -77,12 +77,12 @@ def _entry(name: str) -> Callable[..., Any]:
 
 
 def _entry_of_noise(name: str) -> Callable[..., Tensor]:
-    operator, transparent = getattr(torch.ops.fusedbayes, name).default, getattr(eager, name)
+    transparent = getattr(eager, name)
 
     def call(*arguments: Any) -> Any:
         if torch._C._are_functorch_transforms_active():
             return transparent(*arguments)
-        return (cpu.direct(name, arguments) or operator)(*arguments)
+        return cpu.direct(name, cpu.served(arguments))(*arguments)
 
     return call
 

@@ -4,6 +4,7 @@ A backward pass that is itself to be differentiated (``create_graph=True``, torc
 implementation instead, whose operations autograd knows: slower, with the noise in memory, but right to any order.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -15,19 +16,41 @@ from fusedbayes.ops import cpu, eager
 DIFFERENTIABLE = ("sample_weight", "weight_kl", "scale_mixture_kl", "bayes_linear")
 
 
-def _call(name: str, *arguments: Any) -> Any:
-    operator = cpu.direct(name, arguments) or getattr(torch.ops.fusedbayes, name).default
-    return operator(*arguments)
-
-
-def _below_autograd(name: str, *arguments: Any) -> Any:
-    with torch._C._AutoDispatchBelowAutograd():
-        return _call(name, *arguments)
-
-
 def _dispatch(function: type["_Operator"], *arguments: Any) -> Any:
-    needs_grad = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
-    return function.apply(*arguments) if needs_grad else _below_autograd(function.name, *arguments)
+    served = cpu.served(arguments)
+    if not (torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)):
+        return _below_autograd(function.name, served, arguments)
+    if served is None:
+        return function.apply(None, *arguments)
+    # Without the search of torch.autograd.Function.apply for tensors that a transform of torch.func has left behind,
+    # which takes as long as the whole rest of it: these arguments are none.
+    return super(torch.autograd.Function, function).apply(served, *arguments)  # type: ignore[misc]
+
+
+def _below_autograd(name: str, served: bool | None, arguments: tuple[Any, ...]) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return cpu.direct(name, served)(*arguments)
+
+
+def _check_still(ctx: Any, prefix: str, mu: Tensor | None, rho: Tensor | None, dims: int = 2) -> None:
+    """Raises RuntimeError unless mu and rho have shape, dtype and device of the forward pass, or the shape's first dims.
+
+    Whoever assigns their ``.data`` or unpacks them otherwise can change that unseen; a kernel would write anywhere.
+    """
+    whole, dtype, device = ctx.form
+    shape = whole[:dims]
+    for name, tensor in (("mu", mu), ("rho", rho)):
+        if tensor is None or (tensor.shape == shape and tensor.dtype is dtype and tensor.device == device):
+            continue
+        for what, then, now in (
+            ("shape", shape, tuple(tensor.shape)),
+            ("dtype", dtype, tensor.dtype),
+            ("device", device, tensor.device),
+        ):
+            if then != now:
+                raise RuntimeError(
+                    f"{prefix}{name} has changed its {what} since the forward pass: expected {then}, got {now}"
+                )
 
 
 class _Operator(torch.autograd.Function):
@@ -35,63 +58,70 @@ class _Operator(torch.autograd.Function):
 
     Without setup_context, which torch.func would need but never comes here for (see `ops._entry`): with it, torch
     inspects the signature of forward at each call, for longer than a small layer takes.
+
+    The first argument is what `cpu.served` said of the others.
     """
 
     name: ClassVar[str]
+    first_parameter: ClassVar[int] = 0  # where mu and rho are among the operator's arguments
 
-    @staticmethod
-    def run(ctx: Any, name: str, arguments: tuple[Any, ...], num_tensors: int, kept: tuple[int, ...] = ()) -> Any:
+    @classmethod
+    def run(
+        cls, ctx: Any, served: bool | None, arguments: tuple[Any, ...], num_tensors: int, kept: tuple[int, ...] = ()
+    ) -> Any:
         """Calls the operator; keeps its arguments, which begin with so many tensors, and some of its results."""
         ctx.set_materialize_grads(False)
         ctx.rest = arguments[num_tensors:]
-        results = _below_autograd(name, *arguments)
+        mu = arguments[cls.first_parameter]
+        ctx.form = tuple(mu.shape), mu.dtype, mu.device
+        # Hooks may unpack something else.
+        ctx.served = None if torch._C._autograd._top_saved_tensors_default_hooks(False) else served
+        results = _below_autograd(cls.name, served, arguments)
         ctx.save_for_backward(*arguments[:num_tensors], *(results[index] for index in kept))
         return results
 
     @staticmethod
-    def differentiable_backward(ctx: Any, name: str, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+    def gradients(ctx: Any, name: str, grad_outputs: tuple[Tensor | None, ...], *arguments: Any) -> Any:
+        """Calls operator `name` with the outputs' gradients and then these arguments, which were kept."""
+        if ctx.served is None:
+            served = cpu.served((*grad_outputs, *arguments))
+        elif (served := cpu.served(grad_outputs)) is not None:
+            # What was kept is what it was in the forward pass.
+            served = served and ctx.served
+        return cpu.direct(name, served)(*grad_outputs, *arguments)
+
+    @classmethod
+    def differentiable_backward(cls, ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         """The gradients as functions that autograd can differentiate again."""
+        _, *needs_input_grad = ctx.needs_input_grad
         # Views of the inputs: where one input was computed from another, its gradient must not flow on into that one.
-        given = ctx.saved_tensors[: len(ctx.needs_input_grad) - len(ctx.rest)]
+        given = ctx.saved_tensors[: len(needs_input_grad) - len(ctx.rest)]
         saved = [None if tensor is None else tensor.view_as(tensor) for tensor in given]
         arguments = (*saved, *ctx.rest)
-        outputs = getattr(eager, name)(*arguments)
+        outputs = getattr(eager, cls.name)(*arguments)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         used = [(o, g) for o, g in zip(outputs, grad_outputs, strict=True) if g is not None and o.requires_grad]
-        wanted = [argument for argument, needed in zip(arguments, ctx.needs_input_grad, strict=True) if needed]
+        wanted = [argument for argument, needed in zip(arguments, needs_input_grad, strict=True) if needed]
         if not used:
             return (None,) * len(ctx.needs_input_grad)
         values, cotangents = zip(*used, strict=True)
         grads = iter(torch.autograd.grad(values, wanted, cotangents, create_graph=True, allow_unused=True))
-        return tuple(next(grads) if needed else None for needed in ctx.needs_input_grad)
+        return None, *(next(grads) if needed else None for needed in needs_input_grad)
 
 
-def _check_still(shape: Sequence[int], **parameters: Tensor | None) -> None:
-    """Raises RuntimeError unless the parameters have this shape, as they had in the forward pass.
-
-    Whoever assigns their ``.data`` or unpacks them otherwise can change that unseen; a kernel would write anywhere.
-    """
-    for name, tensor in parameters.items():
-        if tensor is not None and tensor.shape != shape:
-            raise RuntimeError(
-                f"{name} has changed its shape since the forward pass: expected {tuple(shape)}, got "
-                f"{tuple(tensor.shape)}"
-            )
-
-
-def _saved(ctx: Any, shape: Sequence[int] | None = None) -> tuple[Tensor, ...]:
-    """What was kept, mu and rho first, unpacked once: a checkpoint gives it once. Of this shape, or of mu's both."""
-    mu, rho, *rest = ctx.saved_tensors
-    _check_still(mu.shape if shape is None else shape, mu=mu, rho=rho)
-    return mu, rho, *rest
+def _saved(ctx: Any) -> tuple[Tensor, ...]:
+    """What was kept, mu and rho first, unpacked once: a checkpoint gives it once."""
+    saved = ctx.saved_tensors
+    _check_still(ctx, "", saved[0], saved[1])
+    return saved
 
 
 class _SampleWeight(_Operator):
     name = "sample_weight"
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Any:
-        weight, kl = _Operator.run(ctx, _SampleWeight.name, arguments, 6)
+    def forward(ctx: Any, served: bool | None, *arguments: Any) -> Any:
+        weight, kl = _SampleWeight.run(ctx, served, arguments, 6)
         if not arguments[-1]:
             ctx.mark_non_differentiable(kl)
         return weight, kl
@@ -99,83 +129,82 @@ class _SampleWeight(_Operator):
     @staticmethod
     def backward(ctx: Any, grad_weight: Tensor | None, grad_kl: Tensor | None) -> Any:
         if torch.is_grad_enabled():
-            return _Operator.differentiable_backward(ctx, _SampleWeight.name, grad_weight, grad_kl)
+            return _SampleWeight.differentiable_backward(ctx, grad_weight, grad_kl)
         address, *_ = ctx.rest
-        saved = _saved(ctx, None if grad_weight is None else grad_weight.shape)
-        grads = _call("sample_weight_backward", grad_weight, grad_kl, *saved, address)
-        return *grads, *[None] * 7
+        given = (grad_weight, grad_kl)
+        grads = _SampleWeight.gradients(ctx, "sample_weight_backward", given, *_saved(ctx), address)
+        return None, *grads, *[None] * 7
 
 
 class _WeightKL(_Operator):
     name = "weight_kl"
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Any:
-        return _Operator.run(ctx, _WeightKL.name, arguments, 4)
+    def forward(ctx: Any, served: bool | None, *arguments: Any) -> Any:
+        return _WeightKL.run(ctx, served, arguments, 4)
 
     @staticmethod
     def backward(ctx: Any, grad_kl: Tensor) -> Any:
         if torch.is_grad_enabled():
-            return _Operator.differentiable_backward(ctx, _WeightKL.name, grad_kl)
+            return _WeightKL.differentiable_backward(ctx, grad_kl)
         noise = (None, None, (0, 0, 0))
-        grads = _call("sample_weight_backward", None, grad_kl, *_saved(ctx), *noise)
-        return *grads, None, None
+        grads = _WeightKL.gradients(ctx, "sample_weight_backward", (None, grad_kl), *_saved(ctx), *noise)
+        return None, *grads, None, None
 
 
 class _ScaleMixtureKL(_Operator):
     name = "scale_mixture_kl"
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Any:
-        return _Operator.run(ctx, _ScaleMixtureKL.name, arguments, 7)
+    def forward(ctx: Any, served: bool | None, *arguments: Any) -> Any:
+        return _ScaleMixtureKL.run(ctx, served, arguments, 7)
 
     @staticmethod
     def backward(ctx: Any, grad_kl: Tensor | None) -> Any:
         if torch.is_grad_enabled():
-            return _Operator.differentiable_backward(ctx, _ScaleMixtureKL.name, grad_kl)
+            return _ScaleMixtureKL.differentiable_backward(ctx, grad_kl)
         if grad_kl is None:
-            return (None,) * 8
-        grads = _call("scale_mixture_kl_backward", grad_kl, *_saved(ctx), *ctx.rest)
-        return *grads, *[None] * 6
+            return (None,) * 9
+        grads = _ScaleMixtureKL.gradients(ctx, "scale_mixture_kl_backward", (grad_kl,), *_saved(ctx), *ctx.rest)
+        return None, *grads, *[None] * 6
 
 
 class _BayesLinear(_Operator):
     name = "bayes_linear"
+    first_parameter = 1
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Any:
-        y, kl, slope = _Operator.run(ctx, _BayesLinear.name, arguments, 11, kept=(2,))
+    def forward(ctx: Any, served: bool | None, *arguments: Any) -> Any:
+        y, kl, slope = _BayesLinear.run(ctx, served, arguments, 11, kept=(2,))
         ctx.mark_non_differentiable(*(slope,) if arguments[-1] else (kl, slope))
         return y, kl, slope
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor | None, grad_kl: Tensor | None, _: None) -> Any:
         if torch.is_grad_enabled():
-            return _Operator.differentiable_backward(ctx, _BayesLinear.name, grad_y, grad_kl, None)
+            return _BayesLinear.differentiable_backward(ctx, grad_y, grad_kl, None)
         x, *parameters, seed, sample, slope = ctx.saved_tensors
         weight, bias = parameters[:4], parameters[4:]
         *addresses, num_samples, same_input, estimator, _ = ctx.rest
-        needs_x, *needed = ctx.needs_input_grad
+        _, needs_x, *needed = ctx.needs_input_grad
         needs_weight, needs_bias = needed[0] or needed[1], needed[4] or needed[5]
-        shape = weight[0].shape if grad_y is None else (grad_y.shape[1], x.shape[1])
-        _check_still(shape, weight_mu=weight[0], weight_rho=weight[1])
-        _check_still(shape[:1], bias_mu=bias[0], bias_rho=bias[1])
+        _check_still(ctx, "weight_", weight[0], weight[1])
+        _check_still(ctx, "bias_", bias[0], bias[1], dims=1)
         if grad_y is None:
-            grads = *_kl_gradients(grad_kl, weight, needs_weight), *_kl_gradients(grad_kl, bias, needs_bias)
-            return None, *grads, *[None] * 8
+            kl_gradients = functools.partial(_kl_gradients, ctx, grad_kl)
+            return None, None, *kl_gradients(weight, needs_weight), *kl_gradients(bias, needs_bias), *[None] * 8
         # A bias comes along with the weight.
         bias_or_none = bias if needs_bias else (None,) * 4
-        grad_x, *grads = _call(
-            "bayes_linear_backward",
-            *(grad_y, grad_kl, slope, x.repeat(num_samples, 1) if same_input else x),
-            *(*weight, *bias_or_none, seed, sample),
+        grad_x, *grads = _BayesLinear.gradients(
+            *(ctx, "bayes_linear_backward", (grad_y, grad_kl)),
+            *(slope, x.repeat(num_samples, 1) if same_input else x, *weight, *bias_or_none, seed, sample),
             *(*addresses, num_samples, estimator, needs_x, needs_weight or needs_bias),
         )
         grad_weights, grad_biases = (grads[:2], grads[2:])
         if same_input and needs_x:
             grad_x = grad_x.view(num_samples, *x.shape).sum(0)
         return (
-            grad_x if needs_x else None,
+            *(None, grad_x if needs_x else None),
             *(grad_weights if needs_weight else (None, None)),
             *(None, None),
             *(grad_biases if needs_bias else (None, None)),
@@ -184,13 +213,14 @@ class _BayesLinear(_Operator):
 
 
 def _kl_gradients(
-    grad_kl: Tensor | None, parameter: Sequence[Tensor | None], needed: bool
+    ctx: Any, grad_kl: Tensor | None, parameter: Sequence[Tensor | None], needed: bool
 ) -> tuple[Tensor | None, ...]:
     """Gradients of mu, rho and the prior where the output has none."""
     if not needed:
         return (None,) * 4
     rows = [t if t is None or t.dim() != 1 else t[None] for t in parameter]
-    grads = _call("sample_weight_backward", None, grad_kl, *rows, None, None, (0, 0, 0))
+    noise = (None, None, (0, 0, 0))
+    grads = _Operator.gradients(ctx, "sample_weight_backward", (None, grad_kl), *rows, *noise)
     return *(grad.view_as(parameter[0]) for grad in grads), None, None
 
 

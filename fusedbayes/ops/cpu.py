@@ -22,11 +22,11 @@ _ORDINARY = _dispatch_keys(False), _dispatch_keys(True)
 _SERVED = cpu.DTYPES | {torch.int64}
 
 
-def direct(name: str, arguments: tuple[Any, ...]) -> Callable[..., Any] | None:
-    """The operator's CPU implementation if all that the dispatcher does below autograd is to call it.
+def served(arguments: tuple[Any, ...]) -> bool | None:
+    """Whether the C++ kernel takes these arguments; None if the dispatcher does more with them than to call it.
 
-    Its way there and back, through boxes for every argument, takes as long as a small layer. None if it does more, or
-    somebody looks on.
+    Or would tell somebody who looks on. The dispatcher's way there and back, through boxes for every argument, takes as
+    long as a small layer.
     """
     if (
         torch.compiler.is_compiling()
@@ -36,18 +36,23 @@ def direct(name: str, arguments: tuple[Any, ...]) -> Callable[..., Any] | None:
         or _C._autograd._profiler_enabled()
     ):
         return None
-    served = True
+    takes = True
     for argument in arguments:
         kind = type(argument)
         if kind is Tensor or kind is Parameter:
             if _C._dispatch_keys(argument) not in _ORDINARY:
                 return None
-            served = served and argument.dtype in _SERVED
+            takes = takes and argument.dtype in _SERVED
         elif kind is torch.dtype:
-            served = served and argument in _SERVED
+            takes = takes and argument in _SERVED
         elif isinstance(argument, Tensor):
             return None
-    return _choice(name, served)
+    return takes
+
+
+def direct(name: str, takes: bool | None) -> Callable[..., Any]:
+    """Who computes the operator below autograd, for what `served` said of its arguments."""
+    return getattr(torch.ops.fusedbayes, name).default if takes is None else _choice(name, takes)
 
 
 def implementation(name: str) -> Callable[..., Any]:
@@ -63,6 +68,6 @@ def implementation(name: str) -> Callable[..., Any]:
     return run
 
 
-def _choice(name: str, served: bool) -> Callable[..., Any]:
-    """Who computes, as the dtypes are served by the kernel or not."""
-    return getattr(cpu if served and backend.cpu_kernel() else eager, name)
+def _choice(name: str, takes: bool) -> Callable[..., Any]:
+    """Who computes, as the kernel takes the dtypes or not."""
+    return getattr(cpu if takes and backend.cpu_kernel() else eager, name)
