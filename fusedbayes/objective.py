@@ -4,6 +4,7 @@ docs/kl.md says which coefficient belongs where and why.
 """
 
 import contextlib
+import functools
 import operator
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -197,9 +198,9 @@ def _is_current(result: FusedKL, layer: BayesModule) -> bool:
     present, then = layer.posteriors(), result.parameters
     if len(present) != len(then) or not all(map(operator.is_, then, present)):
         return False
-    if not torch.is_grad_enabled():
-        return True
     differentiable = result.kl.requires_grad
+    if not torch.is_grad_enabled() or (differentiable and all(result.requires_grad)):
+        return True
     return all(
         (differentiable and had) or not now.requires_grad
         for had, now in zip(result.requires_grad, present, strict=True)
@@ -211,4 +212,5 @@ def _sum(kls: list[Tensor], model: nn.Module) -> Tensor:
         anchor = next(model.parameters(), torch.empty(0))
         return torch.zeros((), device=anchor.device)
     # Layers may lie on several devices: the sum goes where the first of them is.
-    return torch.stack([kl.to(kls[0].device) for kl in kls]).sum()
+    first, *others = kls
+    return functools.reduce(lambda total, kl: total + kl.to(total.device), others, first)

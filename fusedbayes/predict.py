@@ -15,7 +15,7 @@ from fusedbayes.arguments import check_estimator
 from fusedbayes.checks import check_count, check_non_negative, describe
 from fusedbayes.nn.context import FrozenNoise, MeanWeights
 from fusedbayes.nn.module import BayesModule
-from fusedbayes.nn.traverse import VariationalParameter, bayes_modules, variational_parameters
+from fusedbayes.nn.traverse import bayes_modules, identity, variational_parameters
 from fusedbayes.noise import Address, as_sample, as_seed, draw_seed
 from fusedbayes.reference import Estimator, compute_dtype
 
@@ -295,9 +295,9 @@ def _addresses(model: nn.Module) -> dict[BayesModule, dict[str, Address]]:
             own[layer, name] = Address(8 * numbers[pair] + role)
     if not own:
         raise ValueError("model has no Bayesian layer to draw: convert it with fusedbayes.to_bayesian")
-    owners = {parameter.key: own[parameter.layer, parameter.name] for parameter in variational_parameters(model)}
+    owners = {identity(layer, name): own[layer, name] for _, layer, name in variational_parameters(model)}
     addresses: dict[BayesModule, dict[str, Address]] = {}
     for layer, name in own:
-        owner = owners.get(VariationalParameter("", layer, name).key, own[layer, name])
+        owner = owners.get(identity(layer, name), own[layer, name])
         addresses.setdefault(layer, {})[name] = owner
     return addresses

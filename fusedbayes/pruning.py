@@ -9,7 +9,7 @@ from fusedbayes import reference
 from fusedbayes.checks import check_module, check_non_negative
 from fusedbayes.diagnostics import Report
 from fusedbayes.nn.module import BayesModule
-from fusedbayes.nn.traverse import VariationalParameter, bayes_modules
+from fusedbayes.nn.traverse import VariationalParameter, bayes_modules, identity
 
 
 class PruneRow(NamedTuple):
@@ -93,7 +93,7 @@ def _groups(model: nn.Module, biases: bool) -> list[list[VariationalParameter]]:
             if biases or layer.posterior(name)[0].dim() > 1:
                 parameter = VariationalParameter(layer_name, layer, name)
                 _check(parameter.layer, f"{layer_name}.{name}".lstrip("."), name)
-                groups.setdefault(parameter.key, []).append(parameter)
+                groups.setdefault(identity(layer, name), []).append(parameter)
     if not groups:
         raise ValueError("model has no Bayesian weights to prune: convert it with fusedbayes.to_bayesian, and train it")
     return list(groups.values())

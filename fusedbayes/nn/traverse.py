@@ -35,15 +35,14 @@ class VariationalParameter(NamedTuple):
         """mu, rho and the prior, if it is Normal."""
         return self.layer.gaussian(self.name)
 
-    @property
-    def key(self) -> tuple[object, object]:
-        """What makes it the same random tensor wherever it is held: its mu and its rho.
 
-        A parametrized one is computed anew at each access and so has no identity but its place.
-        """
-        held = self.layer._parameters
-        mu, rho = f"{self.name}_mu", f"{self.name}_rho"
-        return (id(held[mu]), id(held[rho])) if mu in held and rho in held else (id(self.layer), self.name)
+def identity(layer: BayesModule, name: str) -> tuple[object, object]:
+    """What makes a random tensor the same one wherever it is held: its mu and its rho.
+
+    A parametrized one is computed anew at each access and so has no identity but its place.
+    """
+    mu, rho = layer._parameters.get(f"{name}_mu"), layer._parameters.get(f"{name}_rho")
+    return (id(layer), name) if mu is None or rho is None else (id(mu), id(rho))
 
 
 def qualified_name(path: str) -> str:
@@ -52,13 +51,25 @@ def qualified_name(path: str) -> str:
 
 
 def bayes_modules(model: nn.Module) -> Iterator[tuple[str, BayesModule]]:
-    """Every distinct Bayesian layer of `model` with its qualified name, wrappers' names left out."""
+    """Every distinct Bayesian layer of `model` with its qualified name, in the order of ``model.named_modules()``.
+
+    Which would take twice as long, in each training step.
+    """
     check_module(model)
     while list(model._modules) == ["module"] and not isinstance(model, BayesModule):
         model = model.get_submodule("module")  # DistributedDataParallel, AveragedModel and the like
-    for path, module in model.named_modules():
+    seen, ahead = set(), [("", model)]
+    while ahead:
+        path, module = ahead.pop()
+        if module in seen:
+            continue
+        seen.add(module)
         if isinstance(module, BayesModule):
-            yield qualified_name(path), module
+            yield path, module
+        for name, child in reversed(module._modules.items()):
+            if child is not None:
+                own = path if name in _WRAPPERS else f"{path}.{name}" if path else name
+                ahead.append((own, child))
 
 
 def variational_parameters(model: nn.Module) -> Iterator[VariationalParameter]:
@@ -70,8 +81,7 @@ def variational_parameters(model: nn.Module) -> Iterator[VariationalParameter]:
     owners: dict[tuple[object, object], VariationalParameter] = {}
     for layer_name, layer in bayes_modules(model):
         for name in layer.names():
-            parameter = VariationalParameter(layer_name, layer, name)
-            first = owners.setdefault(parameter.key, parameter)
-            if first is not parameter and layer.draws_all and not first.layer.draws_all:
-                owners[parameter.key] = parameter
+            key = identity(layer, name)
+            if key not in owners or (layer.draws_all and not owners[key].layer.draws_all):
+                owners[key] = VariationalParameter(layer_name, layer, name)
     yield from owners.values()
