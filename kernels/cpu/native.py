@@ -7,7 +7,6 @@ import struct
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -34,36 +33,27 @@ class Output(IntEnum):
     SIGN = 6
 
 
-class Problem(NamedTuple):
-    """What passes over one parameter have in common.
-
-    Attributes:
-        rows: of the parameter.
-        words: `Problem` of fused.cpp, from `columns` to its end, packed.
-        held: what holds the memory that the words point to.
-    """
-
-    rows: int
-    words: bytes
-    held: tuple[object, ...]
-
+# What passes over one parameter have in common: its rows, `Problem` of fused.cpp from `columns` to its end, packed, and
+# what holds the memory that those words point to. A plain tuple: one with names takes longer to make than all of them.
+Problem = tuple[int, bytes, tuple[object, ...]]
 
 _LARGE = 4 << 20  # bytes, in which at least one huge page of 2 MiB is whole
 ABSENT: tuple[int, ...] = (0, 0, 0, 0, 0)
 # A pass takes its arguments as 64-bit words in the order of the C++: a ctypes.Structure takes longer to fill than a
-# small layer to compute. First those of a call, then those of a `Problem` as below.
-_CALL, _PROBLEM = struct.Struct("@16q"), struct.Struct("@46q")
-pack_problem = _PROBLEM.pack
+# small layer to compute. First those of a call, then those of a `Problem`: the parameter with its noise, and gradients.
+_CALL, PARAMETER, GRADIENTS = struct.Struct("@16q"), struct.Struct("@28q"), struct.Struct("@18q")
 
 
 def pointer(tensor: torch.Tensor | None) -> int:
     """Where the tensor's elements begin; 0 if there is no tensor."""
-    if tensor is None:
-        return 0
-    begin = tensor.data_ptr()
-    if not begin and tensor.numel():
+    return 0 if tensor is None else tensor.data_ptr() or _nowhere(tensor)
+
+
+def _nowhere(tensor: torch.Tensor) -> int:
+    """The address of elements that have none, if there are none."""
+    if tensor.numel():
         raise RuntimeError(f"a tensor of shape {tuple(tensor.shape)} has lost its memory: its storage was resized")
-    return begin
+    return 0
 
 
 def operand(tensor: torch.Tensor | None, first_row: int = 0) -> tuple[int, ...]:
@@ -72,7 +62,7 @@ def operand(tensor: torch.Tensor | None, first_row: int = 0) -> tuple[int, ...]:
         return ABSENT
     strides = tensor.stride()
     row, column = strides if len(strides) == 2 else (0, *strides) if strides else (0, 0)
-    return pointer(tensor), _TYPES[tensor.dtype], row, column, first_row
+    return tensor.data_ptr() or _nowhere(tensor), _TYPES[tensor.dtype], row, column, first_row
 
 
 def by_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
@@ -136,10 +126,11 @@ class Library:
         rows: slice | None,
         grad_sampled: torch.Tensor | None = None,
     ) -> bytes:
-        first, end = (0, problem.rows) if rows is None else (rows.start, rows.stop)
-        how = (self.parallel or 0, torch.get_num_threads(), INSTRUCTION_SETS.index(self.instruction_set))
-        operands = operand(weight, first) + operand(grad_sampled, first)
-        return _CALL.pack(*how, output, first, end - first, *operands) + problem.words
+        all_rows, words, _ = problem
+        first, end = (0, all_rows) if rows is None else (rows.start, rows.stop)
+        parallel, number = self.parallel or 0, INSTRUCTION_SETS.index(self.instruction_set)
+        operands = *operand(weight, first), *operand(grad_sampled, first)
+        return _CALL.pack(parallel, torch.get_num_threads(), number, output, first, end - first, *operands) + words
 
 
 def source_hash() -> int:
@@ -162,7 +153,7 @@ def load() -> Library | str:
     if functions.fusedbayes_source_hash() != source_hash():
         return f"{path} was built from other sources: install the package again"
     functions.fusedbayes_problem_size.restype = ctypes.c_int64
-    assert functions.fusedbayes_problem_size() == _CALL.size + _PROBLEM.size
+    assert functions.fusedbayes_problem_size() == _CALL.size + PARAMETER.size + GRADIENTS.size
     functions.fusedbayes_forward.restype = ctypes.c_double
     functions.fusedbayes_backward.restype = None
     functions.fusedbayes_forward.argtypes = functions.fusedbayes_backward.argtypes = [ctypes.c_char_p]

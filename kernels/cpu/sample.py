@@ -6,7 +6,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedbayes.kernels.cpu.native import ABSENT, Output, Problem, by_rows, library, operand, pack_problem, pointer
+from fusedbayes.kernels.cpu.native import (
+    ABSENT,
+    GRADIENTS,
+    PARAMETER,
+    Output,
+    Problem,
+    by_rows,
+    library,
+    operand,
+    pointer,
+)
 
 
 class Parameter(NamedTuple):
@@ -63,27 +73,27 @@ def make_problem(
             by_rows(given.expand(shape)) for given in (prior_mu, prior_sigma)
         )
         prior = mu_of_prior + sigma_of_prior
-    if grad_kl is not None:
-        grad_kl = _as_float(grad_kl)
-    noise = _NO_NOISE
-    if key is not None:
+    if key is None:
+        noise = _NO_NOISE
+    else:
         seed, sample, address = key
         noise = (pointer(seed), pointer(sample), *address, pointer(noise_rows))
-    gradients, product = _NO_GRADIENTS, ABSENT
+    words = PARAMETER.pack(columns, scalar_prior, *mu_words, *rho_words, *prior, *noise)
+    if grad_mu is None and mixture is None:
+        return rows, words + _NO_GRADIENTS, (mu, rho, prior_mu, prior_sigma, key, noise_rows)
+    grad_kl, product = None if grad_kl is None else _as_float(grad_kl), ABSENT
     if grad_product is not None:
         grad_product, product = by_rows(grad_product)
-    if grad_mu is not None:
-        gradients = product + operand(grad_mu) + operand(grad_rho)
-    end = pointer(grad_kl), *gradients, accumulate, pointer(mixture)
-    words = pack_problem(columns, scalar_prior, *mu_words, *rho_words, *prior, *noise, *end)
-    held = (mu, rho, prior_mu, prior_sigma, grad_kl, grad_product, grad_mu, grad_rho, mixture, key, noise_rows)
-    return Problem(rows, words, held)
+    results = *operand(grad_mu), *operand(grad_rho)
+    words += GRADIENTS.pack(pointer(grad_kl), *product, *results, accumulate, pointer(mixture))
+    gradients = grad_kl, grad_product, grad_mu, grad_rho, mixture
+    return rows, words, (mu, rho, prior_mu, prior_sigma, key, noise_rows, *gradients)
 
 
 _NUMBER = (0, 0, 0, 0)  # what `operand` says of a number in float32 beside its address
 _NO_PRIOR: tuple[int, ...] = ABSENT * 2
-_NO_GRADIENTS: tuple[int, ...] = ABSENT * 3
 _NO_NOISE: tuple[int, ...] = (0,) * 6
+_NO_GRADIENTS = bytes(GRADIENTS.size)
 
 
 def _as_float(tensor: Tensor) -> Tensor:
