@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstring>
 #include <exception>
+#include <numeric>
 #include <thread>
 #include <type_traits>
 #include <vector>
@@ -103,7 +104,8 @@ struct Ahead {
     }
 };
 
-constexpr int LONGEST = 1024;         // columns of a row that are worked on at a time
+constexpr int LONGEST = 4096;         // weights of a piece, if it is of several rows,
+constexpr int LONGEST_PART = 1024;    // and if it is part of one
 constexpr int64_t CHUNK = 16 * 1024;  // weights that a thread takes at a time, about 20 us of work
 constexpr float SIGMA_FLOOR = 0x1p-126f;
 constexpr float LN_2 = 0.69314718f, LN_2_HIGH = 0x1.62e4p-1f, LN_2_LOW = 1.4286068e-06f, LOG2_E = 1.44269504f;
@@ -168,14 +170,29 @@ TARGET_END
 
 namespace {
 
-// What is computed of a piece of a row; its part of the KL comes back.
+// How many rows are worked on as if they were one: short ones, whose ends would take as long as the rest, where they lie
+// one after another in memory. So many that whole vectors fit them, if there is room for it.
+int64_t rows_of_a_piece(const Problem& p) {
+    if (p.columns < 1 || p.columns > LONGEST_PART || p.output == SIGN || p.column_offset % 4 != 0) return 1;
+    const bool numbers = p.scalar_prior;
+    for (const Operand* operand : {&p.mu, &p.rho, numbers ? nullptr : &p.prior_mu, numbers ? nullptr : &p.prior_sigma,
+                                   &p.weight, &p.grad_sampled, &p.grad_product, &p.grad_mu, &p.grad_rho}) {
+        if (!operand || !operand->data) continue;
+        if (operand->column_stride != 1 || operand->row_stride != p.columns) return 1;
+    }
+    constexpr int64_t WHOLE = 64;  // columns, in vectors of any instruction set
+    const int64_t most = LONGEST / p.columns, even = WHOLE / std::gcd(p.columns, WHOLE);
+    return most < even ? most : most / even * even;
+}
+
+// What is computed of a piece, which may run on into the next rows; its part of the KL comes back.
 using Pass = double (*)(const Problem&, int64_t row, int64_t first_column, int columns);
 
 // A pass over all pieces. Threads take chunks of them as they come.
 struct Job {
     const Problem& problem;
     Pass pass;
-    int64_t pieces_of_a_row, pieces, per_chunk;
+    int64_t rows_of_piece, pieces_of_a_row, pieces, per_chunk;
     std::vector<double> results;  // one for each chunk, so that their sum does not depend on who worked on which
     std::atomic<int64_t> next{0};
 #if defined(__x86_64__)
@@ -183,9 +200,10 @@ struct Job {
 #endif
 
     Job(const Problem& p, Pass pass) : problem(p), pass(pass) {
-        pieces_of_a_row = (p.columns + LONGEST - 1) / LONGEST;
-        pieces = p.rows * pieces_of_a_row;
-        per_chunk = CHUNK / std::max<int64_t>(1, std::min<int64_t>(p.columns, LONGEST));
+        rows_of_piece = rows_of_a_piece(p);
+        pieces_of_a_row = (p.columns + LONGEST_PART - 1) / LONGEST_PART;
+        pieces = (p.rows + rows_of_piece - 1) / rows_of_piece * pieces_of_a_row;
+        per_chunk = CHUNK / std::max<int64_t>(1, rows_of_piece * std::min<int64_t>(p.columns, LONGEST_PART));
         results.assign((pieces + per_chunk - 1) / per_chunk, 0.0);
     }
 
@@ -196,9 +214,11 @@ struct Job {
             double sum = 0.0;
             const int64_t end = std::min((chunk + 1) * per_chunk, pieces);
             for (int64_t piece = chunk * per_chunk; piece < end; piece++) {
-                const int64_t row = problem.first_row + piece / pieces_of_a_row;
-                const int64_t first_column = piece % pieces_of_a_row * LONGEST;
-                sum += pass(problem, row, first_column, (int)std::min<int64_t>(problem.columns - first_column, LONGEST));
+                const int64_t row = piece / pieces_of_a_row * rows_of_piece;
+                const int64_t first_column = piece % pieces_of_a_row * LONGEST_PART;
+                const int64_t part = std::min<int64_t>(problem.columns - first_column, LONGEST_PART);
+                const int64_t rows = std::min(problem.rows - row, rows_of_piece);
+                sum += pass(problem, problem.first_row + row, first_column, (int)(rows * part));
             }
             results[chunk] = sum;
         }

@@ -28,7 +28,7 @@ struct Weights {
 template <bool TAIL>
 INLINE double mixture_forward(const Problem& p, const Piece& piece, const float* eps) {
     constexpr int N = TAIL ? 1 : GROUP / LANES;
-    float buffers[2][LONGEST + GROUP];
+    float buffers[2][STRETCH];
     const Mixture& m = *p.mixture;
     const float* mu = fetch(p.mu, piece, 0.0f, buffers[0]);
     const float* rho = fetch(p.rho, piece, 0.0f, buffers[1]);
@@ -60,7 +60,7 @@ INLINE double mixture_forward(const Problem& p, const Piece& piece, const float*
 template <bool TAIL>
 INLINE double mixture_backward(const Problem& p, const Piece& piece, const float* eps) {
     constexpr int N = TAIL ? 1 : GROUP / LANES;
-    float buffers[4][LONGEST + GROUP];
+    float buffers[4][STRETCH];
     const Mixture& m = *p.mixture;
     const float* mu = fetch(p.mu, piece, 0.0f, buffers[0]);
     const float* rho = fetch(p.rho, piece, 0.0f, buffers[1]);
@@ -87,13 +87,13 @@ INLINE double mixture_backward(const Problem& p, const Piece& piece, const float
 }
 
 double mixture_forward_pass(const Problem& p, int64_t row, int64_t first_column, int columns) {
-    return in_pieces(p, row, first_column, columns, true, [&](auto tail, const Piece& piece, const float* eps) {
+    return in_stretches(p, row, first_column, columns, true, [&](auto tail, const Piece& piece, const float* eps) {
         return mixture_forward<tail>(p, piece, eps);
     });
 }
 
 double mixture_backward_pass(const Problem& p, int64_t row, int64_t first_column, int columns) {
-    return in_pieces(p, row, first_column, columns, true, [&](auto tail, const Piece& piece, const float* eps) {
+    return in_stretches(p, row, first_column, columns, true, [&](auto tail, const Piece& piece, const float* eps) {
         return mixture_backward<tail>(p, piece, eps);
     });
 }

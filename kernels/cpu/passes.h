@@ -3,7 +3,8 @@
 namespace {
 namespace isa {
 
-// A piece of a row: whole groups of columns, or the rest of the row, padded to whole vectors.
+// A piece of a row, or of several that lie one after another: whole groups of columns, or the rest, padded to whole
+// vectors.
 struct Piece {
     int64_t row, first_column;
     int columns, padded;
@@ -71,8 +72,8 @@ INLINE void flush(const Operand& operand, const Piece& piece, const float* resul
     if (!in_place(operand, piece)) copy_out(operand, piece, results);
 }
 
-INLINE uint32_t row_of_noise(const Problem& p, const Piece& piece) {
-    return (uint32_t)(p.row_offset + (p.noise_rows ? p.noise_rows[piece.row] : piece.row));
+INLINE uint32_t row_of_noise(const Problem& p, int64_t row) {
+    return (uint32_t)(p.row_offset + (p.noise_rows ? p.noise_rows[row] : row));
 }
 
 // Of a piece; but not W, whose block is in the cache.
@@ -88,13 +89,18 @@ INLINE Ahead ahead_of(const Problem& p, const Piece& piece) {
     return ahead;
 }
 
-// The noise of a piece; the buffer has room for a group more.
+// The noise of a piece, row by row; the buffer has room for a group more. Of several rows the columns begin with a quad.
 template <bool AS_WORDS = false>
-INLINE const float* draw(const Problem& p, const Piece& piece, const Ahead& ahead, float* buffer) {
+INLINE const float* draw(const Problem& p, const Piece& piece, float* buffer) {
     const int64_t column = p.column_offset + piece.first_column;
-    const int shift = (int)(column % 4);
-    draw_columns<AS_WORDS>(
-        noise_of(p), row_of_noise(p, piece), (uint32_t)(column / 4), piece.padded + shift, ahead, buffer);
+    const int shift = (int)(column % 4), of_a_row = (int)std::min<int64_t>(p.columns - piece.first_column, piece.columns);
+    for (int begin = 0; begin < piece.columns; begin += of_a_row) {
+        const int64_t row = piece.row + begin / of_a_row;
+        const bool is_last = begin + of_a_row == piece.columns;
+        const int needed = shift + (is_last ? piece.padded - begin : of_a_row);
+        const Ahead ahead = ahead_of(p, Piece(row, piece.first_column, of_a_row));
+        draw_columns<AS_WORDS>(noise_of(p), row_of_noise(p, row), (uint32_t)(column / 4), needed, ahead, buffer + begin);
+    }
     return buffer + shift;
 }
 
@@ -201,10 +207,10 @@ struct KlSum {
 
 // Of a column c -1 if bit c % 32 of word c / 32 % 4 at the counter c / 128 is set, else 1.
 INLINE void write_signs(const Problem& p, const Piece& piece) {
-    uint32_t words[LONGEST / 32 + 8 + GROUP];  // of the counters that the columns begin and end in, and a group more
+    uint32_t words[LONGEST_PART / 32 + 8 + GROUP];  // of the counters that the columns begin and end in, and a group more
     const int64_t column = p.column_offset + piece.first_column, first = column / 128;
     const int needed = 4 * (int)((column + piece.columns - 1) / 128 - first + 1);
-    draw_columns<true>(noise_of(p), row_of_noise(p, piece), (uint32_t)first, needed, Ahead(), (float*)words);
+    draw_columns<true>(noise_of(p), row_of_noise(p, piece.row), (uint32_t)first, needed, Ahead(), (float*)words);
     float* signs = (float*)p.weight.data + piece.offset(p.weight);
     for (int i = 0; i < piece.columns; i++) {
         const uint32_t c = (uint32_t)(column - 128 * first) + i;
@@ -215,7 +221,7 @@ INLINE void write_signs(const Problem& p, const Piece& piece) {
 // The noise itself.
 INLINE void write_noise(const Problem& p, const Piece& piece) {
     float buffer[LONGEST + GROUP];
-    const float* noise = p.output == WORD ? draw<true>(p, piece, Ahead(), buffer) : draw(p, piece, Ahead(), buffer);
+    const float* noise = p.output == WORD ? draw<true>(p, piece, buffer) : draw(p, piece, buffer);
     std::memcpy((float*)p.weight.data + piece.offset(p.weight), noise, piece.columns * sizeof(float));
 }
 
@@ -251,7 +257,7 @@ struct NoKl {
 template <bool KL, bool SCALAR, bool TAIL>
 INLINE double forward(const Problem& p, const Piece& piece, const float* eps) {
     constexpr int N = TAIL ? 1 : GROUP / LANES;
-    float buffers[5][LONGEST + GROUP];
+    float buffers[5][STRETCH];
     const Sampled sampled(p, eps);
     const float* mu = fetch(p.mu, piece, 0.0f, buffers[0]);
     const float* rho = fetch(p.rho, piece, 0.0f, buffers[1]);
@@ -283,7 +289,7 @@ INLINE double forward(const Problem& p, const Piece& piece, const float* eps) {
 template <bool KL, bool SCALAR, bool TAIL>
 INLINE double backward(const Problem& p, const Piece& piece, const float* eps) {
     constexpr int N = TAIL ? 1 : GROUP / LANES;
-    float buffers[9][LONGEST + GROUP];
+    float buffers[9][STRETCH];
     const Sampled sampled(p, eps);
     const Operand& first = p.output != WEIGHT || p.grad_product.data ? p.grad_product : p.grad_sampled;
     const Operand& second = p.output != WEIGHT || p.grad_sampled.data ? p.grad_sampled : p.grad_product;
@@ -328,18 +334,22 @@ INLINE double backward(const Problem& p, const Piece& piece, const float* eps) {
     return 0.0;
 }
 
-// A row, or LONGEST columns of one, with its noise if it is drawn, in two pieces: whole groups, and the rest. The sum of
-// what `compute` makes of them.
+// A piece with its noise, if that is drawn, in stretches of whole groups, and the rest. The sum of what `compute` makes of
+// them.
 template <class Compute>
-INLINE double in_pieces(
+INLINE double in_stretches(
     const Problem& p, int64_t row, int64_t first_column, int columns, bool is_drawn, Compute compute) {
     float buffer[LONGEST + GROUP];
-    const Piece all(row, first_column, columns);
-    const float* eps = is_drawn ? draw(p, all, ahead_of(p, all), buffer) : nullptr;
-    const int whole = columns / GROUP * GROUP, rest = columns - whole;
+    const float* eps = is_drawn ? draw(p, Piece(row, first_column, columns), buffer) : nullptr;
+    const auto of_them = [&](auto tail, int begin, int size) {
+        return compute(tail, Piece(row, first_column + begin, size), eps ? eps + begin : nullptr);
+    };
+    const int whole = columns / GROUP * GROUP;
     double sum = 0.0;
-    if (whole) sum += compute(std::false_type(), Piece(row, first_column, whole), eps);
-    if (rest) sum += compute(std::true_type(), Piece(row, first_column + whole, rest), eps ? eps + whole : nullptr);
+    for (int begin = 0; begin < whole; begin += STRETCH) {
+        sum += of_them(std::false_type(), begin, std::min(STRETCH, whole - begin));
+    }
+    if (whole < columns) sum += of_them(std::true_type(), whole, columns - whole);
     return sum;
 }
 
@@ -354,7 +364,7 @@ double forward_pass(const Problem& p, int64_t row, int64_t first_column, int col
     }
     const bool is_drawn = p.output == WEIGHT || p.output == PERTURBATION;
     const auto pass_over = [&](auto kl, auto scalar) {
-        return in_pieces(p, row, first_column, columns, is_drawn, [&](auto tail, const Piece& piece, const float* eps) {
+        return in_stretches(p, row, first_column, columns, is_drawn, [&](auto tail, const Piece& piece, const float* eps) {
             return forward<kl, scalar, tail>(p, piece, eps);
         });
     };
@@ -366,7 +376,7 @@ double backward_pass(const Problem& p, int64_t row, int64_t first_column, int co
     const bool is_used = p.weight.data || p.grad_sampled.data || (p.output == WEIGHT && p.grad_product.data);
     const bool is_drawn = is_used && (p.output == WEIGHT || p.output == PERTURBATION);
     const auto pass_over = [&](auto kl, auto scalar) {
-        return in_pieces(p, row, first_column, columns, is_drawn, [&](auto tail, const Piece& piece, const float* eps) {
+        return in_stretches(p, row, first_column, columns, is_drawn, [&](auto tail, const Piece& piece, const float* eps) {
             return backward<kl, scalar, tail>(p, piece, eps);
         });
     };

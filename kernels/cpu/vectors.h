@@ -14,7 +14,8 @@ typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 typedef uint64_t Wides __attribute__((vector_size(4 * LANES)));
 
-constexpr int GROUP = 4 * LANES;  // columns that one step draws: LANES quads
+constexpr int GROUP = 4 * LANES;     // columns that one step draws: LANES quads
+constexpr int STRETCH = 16 * GROUP;  // that are passed over in one go, 64 to a lane: few enough for sums of floats
 
 INLINE Floats fill(float value) { return Floats{} + value; }
 
