@@ -67,6 +67,7 @@ struct Problem {
     const float* grad_kl;
     Operand grad_product;       // dL by what multiplies mu, if it is not grad_sampled
     Operand grad_mu, grad_rho;  // results
+    int64_t summed_rows;        // of dL, which of a bias is added up over the batch first; -1: it is the parameter's
     int64_t accumulate;         // they are added to what is there
     const Mixture* mixture;     // the prior, if it is a scale mixture: then the passes are those of mixture.h
 };
@@ -203,7 +204,8 @@ struct Job {
         rows_of_piece = rows_of_a_piece(p);
         pieces_of_a_row = (p.columns + LONGEST_PART - 1) / LONGEST_PART;
         pieces = (p.rows + rows_of_piece - 1) / rows_of_piece * pieces_of_a_row;
-        per_chunk = CHUNK / std::max<int64_t>(1, rows_of_piece * std::min<int64_t>(p.columns, LONGEST_PART));
+        const int64_t work = rows_of_piece * std::min<int64_t>(p.columns, LONGEST_PART) * std::max<int64_t>(1, p.summed_rows);
+        per_chunk = std::max<int64_t>(1, CHUNK / std::max<int64_t>(1, work));
         results.assign((pieces + per_chunk - 1) / per_chunk, 0.0);
     }
 

@@ -317,14 +317,13 @@ def _bias_gradients(
             bias,
             (layer.seed, sample, layer.bias_address),
             grad_kl=None if index else grad_kl,
-            grad_product=_part(activations.grad_y, 0, rows).sum(0, dtype=torch.float32),
+            grad_product=_part(activations.grad_y, 0, rows),
             grad_mu=grads[0],
             grad_rho=grads[1],
             accumulate=index > 0,
         )
         if local:
-            by_variance = activations.second_grad.sum(0, dtype=torch.float32)
-            library().backward(problem, Output.VARIANCE, grad_sampled=by_variance)
+            library().backward(problem, Output.VARIANCE, grad_sampled=activations.second_grad)
         else:
             library().backward(problem)
     return grads

@@ -41,7 +41,7 @@ _LARGE = 4 << 20  # bytes, in which at least one huge page of 2 MiB is whole
 ABSENT: tuple[int, ...] = (0, 0, 0, 0, 0)
 # A pass takes its arguments as 64-bit words in the order of the C++: a ctypes.Structure takes longer to fill than a
 # small layer to compute. First those of a call, then those of a `Problem`: the parameter with its noise, and gradients.
-_CALL, PARAMETER, GRADIENTS = struct.Struct("@16q"), struct.Struct("@28q"), struct.Struct("@18q")
+_CALL, PARAMETER, GRADIENTS = struct.Struct("@16q"), struct.Struct("@28q"), struct.Struct("@19q")
 
 
 def pointer(tensor: torch.Tensor | None) -> int:

@@ -63,6 +63,30 @@ INLINE const float* fetch(const Operand& operand, const Piece& piece, float padd
     return buffer;
 }
 
+// The sums of the operand's first so many rows; in double precision, but for those of a few rows.
+NOINLINE void sum_in(const Operand& operand, const Piece& piece, int64_t rows, float* sums) {
+    constexpr int64_t A_FEW = 64;
+    double totals[STRETCH] = {};
+    float buffer[STRETCH];
+    for (int64_t row = 0; row < rows;) {
+        std::memset(sums, 0, piece.padded * sizeof(float));
+        for (const int64_t end = std::min(row + A_FEW, rows); row < end; row++) {
+            const float* values = fetch(operand, Piece(row, piece.first_column, piece.columns), 0.0f, buffer);
+            for (int i = 0; i < piece.padded; i += LANES) store(sums + i, load(sums + i) + load(values + i));
+        }
+        for (int i = 0; i < piece.padded; i++) totals[i] += sums[i];
+    }
+    for (int i = 0; i < piece.padded; i++) sums[i] = (float)totals[i];
+}
+
+// A gradient that the pass is given, or null.
+INLINE const float* fetch_gradient(const Problem& p, const Operand& operand, const Piece& piece, float* buffer) {
+    if (!operand.data) return nullptr;
+    if (p.summed_rows < 0) return fetch(operand, piece, 0.0f, buffer);
+    sum_in(operand, piece, p.summed_rows, buffer);
+    return buffer;
+}
+
 // Where results are written as floats: in place, or in the buffer, from which `flush` brings them.
 INLINE float* target(const Operand& operand, const Piece& piece, float* buffer) {
     return in_place(operand, piece) ? (float*)operand.data + piece.offset(operand) : buffer;
@@ -295,8 +319,8 @@ INLINE double backward(const Problem& p, const Piece& piece, const float* eps) {
     const Operand& second = p.output != WEIGHT || p.grad_sampled.data ? p.grad_sampled : p.grad_product;
     const float* mu = fetch(p.mu, piece, 0.0f, buffers[0]);
     const float* rho = fetch(p.rho, piece, 0.0f, buffers[1]);
-    const float* grad_product = first.data ? fetch(first, piece, 0.0f, buffers[2]) : nullptr;
-    const float* grad_sampled = second.data ? fetch(second, piece, 0.0f, buffers[8]) : nullptr;
+    const float* grad_product = fetch_gradient(p, first, piece, buffers[2]);
+    const float* grad_sampled = &second == &first ? grad_product : fetch_gradient(p, second, piece, buffers[8]);
     float* weight = p.weight.data ? target(p.weight, piece, buffers[3]) : nullptr;
     float* grad_mu = target(p.grad_mu, piece, buffers[4]);
     float* grad_rho = target(p.grad_rho, piece, buffers[5]);

@@ -52,7 +52,8 @@ def make_problem(
         key: its noise, if any is drawn.
         with_kl: whether the KL is computed.
         grad_kl: 0-d cotangent of the KL, whose gradient is computed if there is a prior.
-        grad_product: of the parameter's shape, dL/dW, or in the other estimators what multiplies mu has of dL/dW.
+        grad_product: of the parameter's shape, dL/dW, or in the other estimators what multiplies mu has of dL/dW. Of a
+            vector it may be a matrix, whose rows are added up; then so are those of the backward pass's grad_sampled.
         grad_mu, grad_rho: where the gradients are written, contiguous.
         accumulate: whether they are added to what is there.
         mixture: a scale mixture that is the prior instead, as `mixture.prepared`.
@@ -81,11 +82,13 @@ def make_problem(
     words = PARAMETER.pack(columns, scalar_prior, *mu_words, *rho_words, *prior, *noise)
     if grad_mu is None and mixture is None:
         return rows, words + _NO_GRADIENTS, (mu, rho, prior_mu, prior_sigma, key, noise_rows)
-    grad_kl, product = None if grad_kl is None else _as_float(grad_kl), ABSENT
+    grad_kl, product, summed_rows = None if grad_kl is None else _as_float(grad_kl), ABSENT, -1
     if grad_product is not None:
         grad_product, product = by_rows(grad_product)
+        if len(shape) == 1 and grad_product.dim() == 2:
+            summed_rows = grad_product.shape[0]
     results = *operand(grad_mu), *operand(grad_rho)
-    words += GRADIENTS.pack(pointer(grad_kl), *product, *results, accumulate, pointer(mixture))
+    words += GRADIENTS.pack(pointer(grad_kl), *product, *results, summed_rows, accumulate, pointer(mixture))
     gradients = grad_kl, grad_product, grad_mu, grad_rho, mixture
     return rows, words, (mu, rho, prior_mu, prior_sigma, key, noise_rows, *gradients)
 
