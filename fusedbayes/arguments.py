@@ -166,27 +166,28 @@ def check_linear(
 ) -> Tensor:
     """Validates the tensors of `bayes_linear`; returns x, cast as autocast asks."""
     check_parameter(weight_mu, weight_rho, "weight_")
-    if weight_mu.dim() != 2:
-        raise ValueError(f"weight_mu must have shape (out_features, in_features), got {tuple(weight_mu.shape)}")
+    shape, dtype, device = weight_mu.shape, weight_mu.dtype, weight_mu.device
+    if len(shape) != 2:
+        raise ValueError(f"weight_mu must have shape (out_features, in_features), got {tuple(shape)}")
     if (bias_mu is None) != (bias_rho is None):
         raise ValueError("bias_mu and bias_rho must be given together or not at all")
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise TypeError(f"x must be a floating-point tensor, got {describe(x)}")
-    if x.dim() == 0 or x.shape[-1] != weight_mu.shape[1]:
-        raise ValueError(f"x must have shape (..., {weight_mu.shape[1]}) = (..., in_features), got {tuple(x.shape)}")
-    if x.device != weight_mu.device:
-        raise ValueError(f"x must be on the device of weight_mu, {weight_mu.device}, got {x.device}")
+    if x.dim() == 0 or x.shape[-1] != shape[1]:
+        raise ValueError(f"x must have shape (..., {shape[1]}) = (..., in_features), got {tuple(x.shape)}")
+    if x.device != device:
+        raise ValueError(f"x must be on the device of weight_mu, {device}, got {x.device}")
     if bias_mu is not None and bias_rho is not None:
         check_parameter(bias_mu, bias_rho, "bias_")
-        if bias_mu.shape != weight_mu.shape[:1]:
-            raise ValueError(f"bias_mu must have shape ({weight_mu.shape[0]},), got {tuple(bias_mu.shape)}")
-        if bias_mu.dtype != weight_mu.dtype:
-            raise TypeError(f"bias_mu must have the dtype of weight_mu, {weight_mu.dtype}, got {bias_mu.dtype}")
-        if bias_mu.device != weight_mu.device:
-            raise ValueError(f"bias_mu must be on the device of weight_mu, {weight_mu.device}, got {bias_mu.device}")
-    kind = x.device.type
+        if bias_mu.shape != (shape[0],):
+            raise ValueError(f"bias_mu must have shape ({shape[0]},), got {tuple(bias_mu.shape)}")
+        if bias_mu.dtype != dtype:
+            raise TypeError(f"bias_mu must have the dtype of weight_mu, {dtype}, got {bias_mu.dtype}")
+        if bias_mu.device != device:
+            raise ValueError(f"bias_mu must be on the device of weight_mu, {device}, got {bias_mu.device}")
+    kind = device.type
     if kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(kind))
-    if x.dtype != weight_mu.dtype:
-        raise TypeError(f"x must have the dtype of weight_mu, {weight_mu.dtype}, outside autocast, got {x.dtype}")
+    if x.dtype != dtype:
+        raise TypeError(f"x must have the dtype of weight_mu, {dtype}, outside autocast, got {x.dtype}")
     return x

@@ -1,5 +1,6 @@
 """Shared set-up: where kernels run, poisoned memory, seeds and tolerances."""
 
+import importlib
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -44,3 +45,16 @@ def _reproducible() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def fresh_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU kernel's own memory is of NaN, like all fresh memory in the tests, and not of the W of another test."""
+    linear = importlib.import_module("fusedbayes.kernels.cpu.linear")
+    monkeypatch.setattr(linear, "_workspace", linear._Workspace())
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of a few rows of W at a time."""
+    monkeypatch.setattr("fusedbayes.kernels.cpu.linear.BLOCK", 200)

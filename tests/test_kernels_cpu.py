@@ -1,10 +1,8 @@
 """The CPU kernel, on every instruction set of this machine, against the operators in PyTorch at double precision."""
 
 import math
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,17 +21,21 @@ from torch import Tensor
 
 from fusedbayes import noise, reference
 from fusedbayes.kernels import cpu
-from fusedbayes.kernels.cpu import linear, native
+from fusedbayes.kernels.cpu import native
 from fusedbayes.noise import Address
 from fusedbayes.reference import Estimator
 
 ops = torch.ops.fusedbayes
 
 LIBRARY = native.load()
-pytestmark = pytest.mark.skipif(isinstance(LIBRARY, str), reason=f"no CPU kernel: {LIBRARY}")
+pytestmark = [
+    pytest.mark.skipif(isinstance(LIBRARY, str), reason=f"no CPU kernel: {LIBRARY}"),
+    pytest.mark.usefixtures("fresh_workspace"),
+]
 DTYPES = [pytest.param(torch.float32, id="fp32"), pytest.param(torch.bfloat16, id="bf16")]
-# A row longer than the C++ works on at a time, rows that end within a vector, in a group and with one, single elements.
-SHAPES = [(33, 37, 44), (1, 21, 64), (5, 3, 1091), (33, 5, 7), (3, 1, 1), (0, 5, 3), (2, 3, 0), (2, 0, 3)]
+# A row longer than the C++ works on at a time, and rows of which it takes many together; rows that end within a vector,
+# in a group and with one; single elements.
+SHAPES = [(33, 37, 44), (1, 21, 64), (5, 3, 1091), (9, 300, 27), (33, 5, 7), (3, 1, 1), (0, 5, 3), (2, 3, 0), (2, 0, 3)]
 
 
 def available() -> Sequence[str]:
@@ -42,34 +44,10 @@ def available() -> Sequence[str]:
     return native.INSTRUCTION_SETS[: native.INSTRUCTION_SETS.index(best) + 1]
 
 
-def use(monkeypatch: pytest.MonkeyPatch, **fields: Any) -> None:
-    monkeypatch.setattr(native, "load", lambda: replace(LIBRARY, **fields))
-
-
 @pytest.fixture(params=available())
 def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    use(monkeypatch, instruction_set=request.param)
+    monkeypatch.setattr(native, "load", lambda: replace(LIBRARY, instruction_set=request.param))
     return request.param
-
-
-@pytest.fixture(autouse=True)
-def _fresh_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of NaN, like all fresh memory in the tests, and not of the W of another test."""
-    monkeypatch.setattr(linear, "_workspace", linear._Workspace())
-
-
-@pytest.fixture
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Products of a few rows of W at a time."""
-    monkeypatch.setattr(linear, "BLOCK", 200)
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    """Leaves the number of threads as it was."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def check_forward(problem: Problem) -> None:
@@ -316,6 +294,16 @@ def test_the_gradient_of_a_huge_rho_is_finite(instruction_set: str) -> None:
     torch.testing.assert_close(grad_rho, grad_weight * eps, rtol=0.0, atol=1e3 * 1e-5)
 
 
+@pytest.mark.parametrize("rows", [0, 1 << 17], ids=["no rows", "many rows"])
+def test_the_gradient_of_a_bias_is_the_sum_over_the_batch(instruction_set: str, rows: int) -> None:
+    problem = make_problem((1, 5, 3), prior="none")
+    grad_y = torch.full((rows + 1, 5), 0.1)[:rows]  # its memory is not empty
+    problem = problem._replace(x=torch.zeros(rows, 3), grad_y=grad_y, grad_kl=None)
+    *_, grad_mu, _ = ops.bayes_linear_backward(*problem.backward)
+    # 64 are added up in single precision, each sum rounded by 2^-24: all of them that way would be off by 1e-3.
+    torch.testing.assert_close(grad_mu.double(), grad_y.double().sum(0), rtol=32 * 2.0**-24, atol=0.0)
+
+
 def test_results_in_huge_pages_are_those_of_their_rows() -> None:
     mu, rho, grad = (torch.randn(1025, 1024) for _ in range(3))  # more than 4 MiB, from where on they are asked for
     key = torch.tensor(1), None, Address()
@@ -326,53 +314,6 @@ def test_results_in_huge_pages_are_those_of_their_rows() -> None:
         assert all_rows.isfinite().all()
 
 
-@pytest.mark.parametrize("parallel", [True, False], ids=["openmp", "own-threads"])
-def test_every_number_of_threads_gives_the_same_bits(
-    parallel: bool, threads: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not parallel:
-        use(monkeypatch, parallel=None)
-    problem = make_problem((1, 77, 1091))  # several chunks of work, the last one smaller
-    results = []
-    for number in (1, 2, 3, 7):
-        torch.set_num_threads(number)
-        grads = ops.sample_weight_backward(problem.weight[0], problem.grad_kl, *problem.weight, *problem.noise)
-        results.append((*ops.sample_weight(*problem.sample_weight(torch.float32)), *grads))
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-
-
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads as Linux shows them")
-def test_no_thread_is_started_anew(threads: None) -> None:
-    """Torch's threads are used as they are: a team of another size would have the runtime end some and start others."""
-    torch.set_num_threads(4)
-    few_chunks, many = make_problem((1, 40, 1000)), torch.randn(1 << 20)
-    seen = set()
-    for _ in range(5):
-        ops.sample_weight(*few_chunks.sample_weight(torch.float32))
-        many.exp()
-        seen |= {path.name for path in Path("/proc/self/task").iterdir()}
-    ops.sample_weight(*few_chunks.sample_weight(torch.float32))
-    assert {path.name for path in Path("/proc/self/task").iterdir()} == seen
-
-
-def test_threads_of_the_user_do_not_share_a_workspace(small_blocks: None) -> None:
-    problems = [make_problem((3, 64, 64)) for _ in range(4)]
-    expected = [ops.bayes_linear(*problem.forward)[0] for problem in problems]
-    actual: list[Tensor | None] = [None] * len(problems)
-
-    def work(index: int) -> None:
-        for _ in range(20):
-            actual[index] = ops.bayes_linear(*problems[index].forward)[0]
-
-    workers = [threading.Thread(target=work, args=(index,)) for index in range(len(problems))]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
-
-
 @pytest.mark.parametrize("value", [math.inf, math.nan, 0.0, -1.0])
 @pytest.mark.parametrize("form", ["scalar", "tensor"])
 def test_a_prior_sigma_that_is_none_is_not_hidden(instruction_set: str, form: str, value: float) -> None:
@@ -380,32 +321,3 @@ def test_a_prior_sigma_that_is_none_is_not_hidden(instruction_set: str, form: st
     prior_sigma = torch.ones(3, 70) if form == "tensor" else torch.tensor(1.0)
     prior_sigma.view(-1)[-1] = value
     assert not ops.weight_kl(mu, mu - 2, torch.tensor(0.0), prior_sigma).isfinite()
-
-
-def test_threads_flush_denormals_if_the_caller_does(threads: None) -> None:
-    torch.set_num_threads(4)
-    mu, rho = torch.full((64, 4096), 1e-40), torch.full((64, 4096), -1e4)
-    arguments = mu, rho, None, None, torch.tensor(1), None, Address(), torch.float32, False
-    ops.sample_weight(*arguments)
-    if not torch.set_flush_denormal(True):
-        pytest.skip("not on this processor")
-    try:
-        first, *others = (ops.sample_weight(*arguments)[0] for _ in range(20))
-    finally:
-        torch.set_flush_denormal(False)
-    assert all(torch.equal(first, other) for other in others)
-
-
-def test_a_layer_within_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a signal handler or a finalizer may run one, between any two steps of another one."""
-    problem, addmm = make_problem((4, 6, 8)), torch.addmm
-    outer, inner = problem.forward, problem._replace(seed=problem.seed + 1).forward
-    expected = cpu.bayes_linear(*outer)[0]
-
-    def interrupted(*arguments: Any, **options: Any) -> Tensor:
-        monkeypatch.setattr(torch, "addmm", addmm)
-        cpu.bayes_linear(*inner)
-        return addmm(*arguments, **options)
-
-    monkeypatch.setattr(torch, "addmm", interrupted)
-    assert torch.equal(cpu.bayes_linear(*outer)[0], expected)

@@ -248,6 +248,21 @@ def test_backward_keeps_nothing_but_its_inputs_and_the_seed(leading: tuple[int, 
     (y.sum() + (kl if with_kl else 0.0)).backward()  # and that is enough for it
 
 
+def test_what_hooks_unpack_need_not_be_what_was_kept() -> None:
+    """A negation that PyTorch puts off is a bit of the tensor, which a kernel would not see."""
+    problem = make_problem((6, 33, 65))
+    inputs = leaves(problem, ALL_INPUTS)
+
+    def run() -> tuple[Tensor, ...]:
+        y, _ = functional.bayes_linear(*inputs.values(), seed=3)
+        return torch.autograd.grad(y.square().sum(), list(inputs.values()))
+
+    expected = run()
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: -tensor, torch._neg_view):
+        actual = run()
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
 @pytest.mark.parametrize(("estimator", "num_samples"), CASES)
 def test_numerical_derivatives_of_estimators_and_samples(estimator: Estimator, num_samples: int) -> None:
     problem = double_problem((2, 3, 4), prior="none", num_samples=num_samples)

@@ -33,7 +33,7 @@ def _below_autograd(name: str, served: bool | None, arguments: tuple[Any, ...]) 
 
 
 def _check_still(ctx: Any, prefix: str, mu: Tensor | None, rho: Tensor | None, dims: int = 2) -> None:
-    """Raises RuntimeError unless mu and rho have shape, dtype and device of the forward pass, or the shape's first dims.
+    """Raises RuntimeError unless mu and rho are of the forward pass's dtype, device and shape, or of its first dims.
 
     Whoever assigns their ``.data`` or unpacks them otherwise can change that unseen; a kernel would write anywhere.
     """

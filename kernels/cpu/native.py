@@ -68,10 +68,10 @@ def operand(tensor: torch.Tensor | None, first_row: int = 0) -> tuple[int, ...]:
 def by_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
     """The tensor and its `operand`, or those of a copy: column by column, each element is a cache line of its own."""
     words = operand(tensor)
-    if words[3] > 1 and tensor.dim() == 2 and not tensor.is_contiguous():
-        tensor = tensor.contiguous()
-        words = operand(tensor)
-    return tensor, words
+    if words[3] <= 1 or tensor.dim() < 2 or tensor.is_contiguous():
+        return tensor, words
+    tensor = tensor.contiguous()
+    return tensor, operand(tensor)
 
 
 @dataclass(frozen=True)

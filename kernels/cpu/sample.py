@@ -62,7 +62,9 @@ def make_problem(
     mu, rho, prior_mu, prior_sigma = parameter
     shape = mu.shape
     rows, columns = shape if len(shape) == 2 else (1, mu.numel())
-    (mu, mu_words), (rho, rho_words), scalar_prior, prior = by_rows(mu), by_rows(rho), False, _NO_PRIOR
+    mu, mu_words = by_rows(mu)
+    rho, rho_words = by_rows(rho)
+    scalar_prior, prior = False, _NO_PRIOR
     if prior_mu is None or prior_sigma is None or not (with_kl or grad_kl is not None):
         prior_mu = prior_sigma = None
         grad_kl = None if mixture is None else grad_kl
@@ -74,9 +76,8 @@ def make_problem(
             by_rows(given.expand(shape)) for given in (prior_mu, prior_sigma)
         )
         prior = mu_of_prior + sigma_of_prior
-    if key is None:
-        noise = _NO_NOISE
-    else:
+    noise = _NO_NOISE
+    if key is not None:
         seed, sample, address = key
         noise = (pointer(seed), pointer(sample), *address, pointer(noise_rows))
     words = PARAMETER.pack(columns, scalar_prior, *mu_words, *rho_words, *prior, *noise)
