@@ -267,13 +267,13 @@ def test_inference_mode() -> None:
 
 
 @pytest.mark.parametrize("of_kl", [False, True], ids=["loss", "KL alone"])
-@pytest.mark.parametrize("name", ["weight_mu", "weight_rho", "bias_mu", "bias_rho"])
+@pytest.mark.parametrize("name", ["x", "weight_mu", "weight_rho", "bias_mu", "bias_rho"])
 @pytest.mark.parametrize("what", ["shape", "dtype"])
-def test_a_parameter_that_is_another_before_the_backward_pass_is_refused(name: str, of_kl: bool, what: str) -> None:
-    layer = BayesLinear(5, 7)
-    output = ELBO(layer, lambda y, _: y.square().mean(), num_data=1)(torch.randn(4, 5), None)
-    parameter = getattr(layer, name)
-    parameter.data = torch.zeros(2, 3) if what == "shape" else parameter.data.half()
+def test_what_is_another_tensor_before_the_backward_pass_is_refused(name: str, of_kl: bool, what: str) -> None:
+    layer, x = BayesLinear(5, 7), torch.randn(4, 5)
+    output = ELBO(layer, lambda y, _: y.square().mean(), num_data=1)(x, None)
+    changed = x if name == "x" else getattr(layer, name)
+    changed.data = torch.zeros(2, 3) if what == "shape" else changed.data.half()
     with pytest.raises(RuntimeError, match=f"{name} has changed its {what} since the forward pass"):
         (output.kl if of_kl else output.loss).backward()
 

@@ -294,14 +294,21 @@ def test_the_gradient_of_a_huge_rho_is_finite(instruction_set: str) -> None:
     torch.testing.assert_close(grad_rho, grad_weight * eps, rtol=0.0, atol=1e3 * 1e-5)
 
 
-@pytest.mark.parametrize("rows", [0, 1 << 17], ids=["no rows", "many rows"])
-def test_the_gradient_of_a_bias_is_the_sum_over_the_batch(instruction_set: str, rows: int) -> None:
-    problem = make_problem((1, 5, 3), prior="none")
-    grad_y = torch.full((rows + 1, 5), 0.1)[:rows]  # its memory is not empty
-    problem = problem._replace(x=torch.zeros(rows, 3), grad_y=grad_y, grad_kl=None)
-    *_, grad_mu, _ = ops.bayes_linear_backward(*problem.backward)
-    # 64 are added up in single precision, each sum rounded by 2^-24: all of them that way would be off by 1e-3.
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [5, 70])
+@pytest.mark.parametrize("rows", [0, 900, 1 << 15], ids=["no rows", "rows", "many rows"])
+def test_the_gradient_of_a_bias_is_the_sum_over_the_batch(
+    instruction_set: str, rows: int, columns: int, dtype: torch.dtype
+) -> None:
+    problem = make_problem((1, columns, 3), prior="none")
+    grad_y = torch.full((rows + 1, columns), 0.1, dtype=dtype)[:rows]  # its memory is not empty
+    problem = problem._replace(x=torch.zeros(rows, 3, dtype=dtype), grad_y=grad_y, grad_kl=None)
+    *_, grad_mu, grad_rho = ops.bayes_linear_backward(*problem.backward)
+    *_, exact_rho = ops.bayes_linear_backward(*problem.exact().backward)
+    # 64 are added up in single precision, each sum rounded by 2^-24.
     torch.testing.assert_close(grad_mu.double(), grad_y.double().sum(0), rtol=32 * 2.0**-24, atol=0.0)
+    # The noise is right to 1e-5.
+    torch.testing.assert_close(grad_rho.double(), exact_rho, rtol=1e-6, atol=1e-5 * 0.1 * rows)
 
 
 def test_results_in_huge_pages_are_those_of_their_rows() -> None:

@@ -41,11 +41,13 @@ def test_every_number_of_threads_gives_the_same_bits(
     if not parallel:
         monkeypatch.setattr(native, "load", lambda: replace(LIBRARY, parallel=None))
     problem = make_problem(shape)
+    wide = make_problem((20, 2100, 3))  # of whose bias several threads add up dY
     results = []
     for number in (1, 2, 3, 7):
         torch.set_num_threads(number)
         grads = ops.sample_weight_backward(problem.weight[0], problem.grad_kl, *problem.weight, *problem.noise)
-        results.append((*ops.sample_weight(*problem.sample_weight(torch.float32)), *grads))
+        _, *of_layer = ops.bayes_linear_backward(*wide.backward)
+        results.append((*ops.sample_weight(*problem.sample_weight(torch.float32)), *grads, *of_layer))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 

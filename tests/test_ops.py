@@ -1,5 +1,6 @@
 """The operators: registered as torch.library asks, with the gradients that autograd derives from the reference."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -248,18 +249,19 @@ def test_backward_keeps_nothing_but_its_inputs_and_the_seed(leading: tuple[int, 
     (y.sum() + (kl if with_kl else 0.0)).backward()  # and that is enough for it
 
 
-def test_what_hooks_unpack_need_not_be_what_was_kept() -> None:
+@pytest.mark.parametrize("on", ["all", "each"])
+def test_what_hooks_unpack_need_not_be_what_was_kept(on: str) -> None:
     """A negation that PyTorch puts off is a bit of the tensor, which a kernel would not see."""
     problem = make_problem((6, 33, 65))
-    inputs = leaves(problem, ALL_INPUTS)
-
-    def run() -> tuple[Tensor, ...]:
-        y, _ = functional.bayes_linear(*inputs.values(), seed=3)
-        return torch.autograd.grad(y.square().sum(), list(inputs.values()))
-
-    expected = run()
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: -tensor, torch._neg_view):
-        actual = run()
+    inputs = list(leaves(problem, ALL_INPUTS).values())
+    hooks = torch.neg, torch._neg_view
+    options = {"weight_prior": (0.0, 1.0), "bias_prior": (0.0, 1.0), "seed": 3, "sample": 1}
+    expected = torch.autograd.grad(functional.bayes_linear(*inputs, **options)[0].square().sum(), inputs)
+    with torch.autograd.graph.saved_tensors_hooks(*hooks) if on == "all" else contextlib.nullcontext():
+        y, _ = functional.bayes_linear(*inputs, **options)
+    for kept in y.grad_fn._raw_saved_tensors if on == "each" else ():
+        kept.register_hooks(*hooks)
+    actual = torch.autograd.grad(y.square().sum(), inputs)
     assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
 
 

@@ -51,13 +51,11 @@ def qualified_name(path: str) -> str:
 
 
 def bayes_modules(model: nn.Module) -> Iterator[tuple[str, BayesModule]]:
-    """Every distinct Bayesian layer of `model` with its qualified name, in the order of ``model.named_modules()``.
-
-    Which would take twice as long, in each training step.
-    """
+    """Every distinct Bayesian layer of `model` with its qualified name, wrappers' names left out."""
     check_module(model)
     while list(model._modules) == ["module"] and not isinstance(model, BayesModule):
         model = model.get_submodule("module")  # DistributedDataParallel, AveragedModel and the like
+    # In the order of named_modules(), which takes twice as long, and this runs in each training step.
     seen, ahead = set(), [("", model)]
     while ahead:
         path, module = ahead.pop()

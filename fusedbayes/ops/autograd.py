@@ -32,25 +32,16 @@ def _below_autograd(name: str, served: bool | None, arguments: tuple[Any, ...]) 
         return cpu.direct(name, served)(*arguments)
 
 
-def _check_still(ctx: Any, prefix: str, mu: Tensor | None, rho: Tensor | None, dims: int = 2) -> None:
-    """Raises RuntimeError unless mu and rho are of the forward pass's dtype, device and shape, or of its first dims.
+def _form(tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+    return tensor.shape, tensor.dtype, tensor.device
 
-    Whoever assigns their ``.data`` or unpacks them otherwise can change that unseen; a kernel would write anywhere.
-    """
-    whole, dtype, device = ctx.form
-    shape = whole[:dims]
-    for name, tensor in (("mu", mu), ("rho", rho)):
-        if tensor is None or (tensor.shape == shape and tensor.dtype is dtype and tensor.device == device):
-            continue
-        for what, then, now in (
-            ("shape", shape, tuple(tensor.shape)),
-            ("dtype", dtype, tensor.dtype),
-            ("device", device, tensor.device),
-        ):
-            if then != now:
-                raise RuntimeError(
-                    f"{prefix}{name} has changed its {what} since the forward pass: expected {then}, got {now}"
-                )
+
+def _check_form(name: str, tensor: Tensor, form: tuple[torch.Size, torch.dtype, torch.device]) -> None:
+    """Raises RuntimeError unless the tensor is of this form still."""
+    for what, then, now in zip(("shape", "dtype", "device"), form, _form(tensor), strict=True):
+        if then != now:
+            then, now = (tuple(value) if isinstance(value, torch.Size) else value for value in (then, now))
+            raise RuntimeError(f"{name} has changed its {what} since the forward pass: expected {then}, got {now}")
 
 
 class _Operator(torch.autograd.Function):
@@ -63,7 +54,7 @@ class _Operator(torch.autograd.Function):
     """
 
     name: ClassVar[str]
-    first_parameter: ClassVar[int] = 0  # where mu and rho are among the operator's arguments
+    checked: ClassVar[dict[str, int]] = {"mu": 0, "rho": 1}  # where the tensors are among the operator's arguments
 
     @classmethod
     def run(
@@ -71,23 +62,38 @@ class _Operator(torch.autograd.Function):
     ) -> Any:
         """Calls the operator; keeps its arguments, which begin with so many tensors, and some of its results."""
         ctx.set_materialize_grads(False)
-        ctx.rest = arguments[num_tensors:]
-        mu = arguments[cls.first_parameter]
-        ctx.form = tuple(mu.shape), mu.dtype, mu.device
-        # Hooks may unpack something else.
-        ctx.served = None if torch._C._autograd._top_saved_tensors_default_hooks(False) else served
+        ctx.served, ctx.rest = served, arguments[num_tensors:]
+        ctx.identities = tuple(map(id, arguments[:num_tensors]))
+        ctx.forms = [(name, i, _form(arguments[i])) for name, i in cls.checked.items() if arguments[i] is not None]
         results = _below_autograd(cls.name, served, arguments)
         ctx.save_for_backward(*arguments[:num_tensors], *(results[index] for index in kept))
         return results
+
+    @staticmethod
+    def unpack(ctx: Any) -> tuple[Any, ...]:
+        """What was kept: once, since a checkpoint gives it once.
+
+        Raises:
+            RuntimeError: a tensor has changed. Whoever assigns its ``.data`` or unpacks it otherwise can do that
+                unseen; a kernel would write anywhere.
+        """
+        saved = ctx.saved_tensors
+        for name, index, form in ctx.forms:
+            if _form(saved[index]) != form:
+                _check_form(name, saved[index], form)
+        if tuple(map(id, saved[: len(ctx.identities)])) != ctx.identities:
+            ctx.served = None  # hooks have unpacked other tensors, of whatever kind
+        return saved
 
     @staticmethod
     def gradients(ctx: Any, name: str, grad_outputs: tuple[Tensor | None, ...], *arguments: Any) -> Any:
         """Calls operator `name` with the outputs' gradients and then these arguments, which were kept."""
         if ctx.served is None:
             served = cpu.served((*grad_outputs, *arguments))
-        elif (served := cpu.served(grad_outputs)) is not None:
-            # What was kept is what it was in the forward pass.
-            served = served and ctx.served
+        else:
+            served = cpu.served(grad_outputs)
+            if served:
+                served = ctx.served
         return cpu.direct(name, served)(*grad_outputs, *arguments)
 
     @classmethod
@@ -109,13 +115,6 @@ class _Operator(torch.autograd.Function):
         return None, *(next(grads) if needed else None for needed in needs_input_grad)
 
 
-def _saved(ctx: Any) -> tuple[Tensor, ...]:
-    """What was kept, mu and rho first, unpacked once: a checkpoint gives it once."""
-    saved = ctx.saved_tensors
-    _check_still(ctx, "", saved[0], saved[1])
-    return saved
-
-
 class _SampleWeight(_Operator):
     name = "sample_weight"
 
@@ -132,7 +131,7 @@ class _SampleWeight(_Operator):
             return _SampleWeight.differentiable_backward(ctx, grad_weight, grad_kl)
         address, *_ = ctx.rest
         given = (grad_weight, grad_kl)
-        grads = _SampleWeight.gradients(ctx, "sample_weight_backward", given, *_saved(ctx), address)
+        grads = _Operator.gradients(ctx, "sample_weight_backward", given, *_Operator.unpack(ctx), address)
         return None, *grads, *[None] * 7
 
 
@@ -148,7 +147,7 @@ class _WeightKL(_Operator):
         if torch.is_grad_enabled():
             return _WeightKL.differentiable_backward(ctx, grad_kl)
         noise = (None, None, (0, 0, 0))
-        grads = _WeightKL.gradients(ctx, "sample_weight_backward", (None, grad_kl), *_saved(ctx), *noise)
+        grads = _Operator.gradients(ctx, "sample_weight_backward", (None, grad_kl), *_Operator.unpack(ctx), *noise)
         return None, *grads, None, None
 
 
@@ -165,13 +164,13 @@ class _ScaleMixtureKL(_Operator):
             return _ScaleMixtureKL.differentiable_backward(ctx, grad_kl)
         if grad_kl is None:
             return (None,) * 9
-        grads = _ScaleMixtureKL.gradients(ctx, "scale_mixture_kl_backward", (grad_kl,), *_saved(ctx), *ctx.rest)
+        grads = _Operator.gradients(ctx, "scale_mixture_kl_backward", (grad_kl,), *_Operator.unpack(ctx), *ctx.rest)
         return None, *grads, *[None] * 6
 
 
 class _BayesLinear(_Operator):
     name = "bayes_linear"
-    first_parameter = 1
+    checked: ClassVar[dict[str, int]] = {"x": 0, "weight_mu": 1, "weight_rho": 2, "bias_mu": 5, "bias_rho": 6}
 
     @staticmethod
     def forward(ctx: Any, served: bool | None, *arguments: Any) -> Any:
@@ -183,28 +182,25 @@ class _BayesLinear(_Operator):
     def backward(ctx: Any, grad_y: Tensor | None, grad_kl: Tensor | None, _: None) -> Any:
         if torch.is_grad_enabled():
             return _BayesLinear.differentiable_backward(ctx, grad_y, grad_kl, None)
-        x, *parameters, seed, sample, slope = ctx.saved_tensors
+        x, *parameters, seed, sample, slope = _Operator.unpack(ctx)
         weight, bias = parameters[:4], parameters[4:]
         *addresses, num_samples, same_input, estimator, _ = ctx.rest
         _, needs_x, *needed = ctx.needs_input_grad
         needs_weight, needs_bias = needed[0] or needed[1], needed[4] or needed[5]
-        _check_still(ctx, "weight_", weight[0], weight[1])
-        _check_still(ctx, "bias_", bias[0], bias[1], dims=1)
         if grad_y is None:
             kl_gradients = functools.partial(_kl_gradients, ctx, grad_kl)
             return None, None, *kl_gradients(weight, needs_weight), *kl_gradients(bias, needs_bias), *[None] * 8
         # A bias comes along with the weight.
         bias_or_none = bias if needs_bias else (None,) * 4
-        grad_x, *grads = _BayesLinear.gradients(
-            *(ctx, "bayes_linear_backward", (grad_y, grad_kl)),
-            *(slope, x.repeat(num_samples, 1) if same_input else x, *weight, *bias_or_none, seed, sample),
-            *(*addresses, num_samples, estimator, needs_x, needs_weight or needs_bias),
-        )
+        kept = slope, x.repeat(num_samples, 1) if same_input else x, *weight, *bias_or_none, seed, sample
+        how = *addresses, num_samples, estimator, needs_x, needs_weight or needs_bias
+        grad_x, *grads = _Operator.gradients(ctx, "bayes_linear_backward", (grad_y, grad_kl), *kept, *how)
         grad_weights, grad_biases = (grads[:2], grads[2:])
         if same_input and needs_x:
             grad_x = grad_x.view(num_samples, *x.shape).sum(0)
         return (
-            *(None, grad_x if needs_x else None),
+            None,
+            grad_x if needs_x else None,
             *(grad_weights if needs_weight else (None, None)),
             *(None, None),
             *(grad_biases if needs_bias else (None, None)),

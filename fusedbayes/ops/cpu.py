@@ -36,23 +36,23 @@ def served(arguments: tuple[Any, ...]) -> bool | None:
         or _C._autograd._profiler_enabled()
     ):
         return None
-    takes = True
+    is_served = True
     for argument in arguments:
         kind = type(argument)
         if kind is Tensor or kind is Parameter:
             if _C._dispatch_keys(argument) not in _ORDINARY:
                 return None
-            takes = takes and argument.dtype in _SERVED
+            is_served = is_served and argument.dtype in _SERVED
         elif kind is torch.dtype:
-            takes = takes and argument in _SERVED
+            is_served = is_served and argument in _SERVED
         elif isinstance(argument, Tensor):
             return None
-    return takes
+    return is_served
 
 
-def direct(name: str, takes: bool | None) -> Callable[..., Any]:
+def direct(name: str, is_served: bool | None) -> Callable[..., Any]:
     """Who computes the operator below autograd, for what `served` said of its arguments."""
-    return getattr(torch.ops.fusedbayes, name).default if takes is None else _choice(name, takes)
+    return getattr(torch.ops.fusedbayes, name).default if is_served is None else _choice(name, is_served)
 
 
 def implementation(name: str) -> Callable[..., Any]:
@@ -68,6 +68,6 @@ def implementation(name: str) -> Callable[..., Any]:
     return run
 
 
-def _choice(name: str, takes: bool) -> Callable[..., Any]:
+def _choice(name: str, is_served: bool) -> Callable[..., Any]:
     """Who computes, as the kernel takes the dtypes or not."""
-    return getattr(cpu if takes and backend.cpu_kernel() else eager, name)
+    return getattr(cpu if is_served and backend.cpu_kernel() else eager, name)

@@ -1,7 +1,7 @@
 // Sampling, KL and gradients of Gaussian weights on a CPU, in one pass over the parameters: see docs/cpu.md.
 //
-// Plain functions over pointers, called through ctypes by kernels/cpu/native.py, which mirrors the structures below. The
-// headers here are compiled once for each instruction set; which one runs is the caller's choice at run time.
+// Plain functions over pointers, called through ctypes by kernels/cpu/native.py, which mirrors the structures below.
+// The headers here are compiled once for each instruction set; which one runs is the caller's choice at run time.
 
 #include <algorithm>
 #include <atomic>
@@ -120,7 +120,8 @@ constexpr std::false_type WITHOUT_KL, TENSOR_PRIOR;
 #if defined(__x86_64__)
 
 #if defined(__clang__)
-#define TARGET_BEGIN(features) _Pragma(STRING(clang attribute push(__attribute__((target(features))), apply_to = function)))
+#define TARGET_BEGIN(features) \
+    _Pragma(STRING(clang attribute push(__attribute__((target(features))), apply_to = function)))
 #define TARGET_END _Pragma("clang attribute pop")
 #else
 #define TARGET_BEGIN(features) _Pragma("GCC push_options") _Pragma(STRING(GCC target(features)))
@@ -139,6 +140,7 @@ TARGET_BEGIN("avx512f,avx512dq,avx512vl,avx512bw,avx2,fma")
 #define isa avx512
 #define LANES 16
 #include "vectors.h"
+#include "pieces.h"
 #include "passes.h"
 #include "mixture.h"
 #undef LANES
@@ -149,6 +151,7 @@ TARGET_BEGIN("avx2,fma")
 #define isa avx2
 #define LANES 8
 #include "vectors.h"
+#include "pieces.h"
 #include "passes.h"
 #include "mixture.h"
 #undef LANES
@@ -164,6 +167,7 @@ TARGET_END
 #define isa portable
 #define LANES 4
 #include "vectors.h"
+#include "pieces.h"
 #include "passes.h"
 #include "mixture.h"
 #undef LANES
@@ -171,16 +175,19 @@ TARGET_END
 
 namespace {
 
-// How many rows are worked on as if they were one: short ones, whose ends would take as long as the rest, where they lie
-// one after another in memory. So many that whole vectors fit them, if there is room for it.
+// How many rows are worked on as if they were one: short ones, whose ends would take as long as the rest, where they
+// lie one after another in memory. So many that whole vectors fit them, if there is room for it. Their noise has to
+// begin with a quad: one that began before would be written over the end of the row before.
 int64_t rows_of_a_piece(const Problem& p) {
     if (p.columns < 1 || p.columns > LONGEST_PART || p.output == SIGN || p.column_offset % 4 != 0) return 1;
-    const bool numbers = p.scalar_prior;
-    for (const Operand* operand : {&p.mu, &p.rho, numbers ? nullptr : &p.prior_mu, numbers ? nullptr : &p.prior_sigma,
-                                   &p.weight, &p.grad_sampled, &p.grad_product, &p.grad_mu, &p.grad_rho}) {
-        if (!operand || !operand->data) continue;
-        if (operand->column_stride != 1 || operand->row_stride != p.columns) return 1;
+    const auto is_dense = [&](const Operand& operand) {
+        return !operand.data || (operand.column_stride == 1 && operand.row_stride == p.columns);
+    };
+    for (const Operand* operand :
+         {&p.mu, &p.rho, &p.weight, &p.grad_sampled, &p.grad_product, &p.grad_mu, &p.grad_rho}) {
+        if (!is_dense(*operand)) return 1;
     }
+    if (!p.scalar_prior && !(is_dense(p.prior_mu) && is_dense(p.prior_sigma))) return 1;
     constexpr int64_t WHOLE = 64;  // columns, in vectors of any instruction set
     const int64_t most = LONGEST / p.columns, even = WHOLE / std::gcd(p.columns, WHOLE);
     return most < even ? most : most / even * even;
@@ -204,8 +211,8 @@ struct Job {
         rows_of_piece = rows_of_a_piece(p);
         pieces_of_a_row = (p.columns + LONGEST_PART - 1) / LONGEST_PART;
         pieces = (p.rows + rows_of_piece - 1) / rows_of_piece * pieces_of_a_row;
-        const int64_t work = rows_of_piece * std::min<int64_t>(p.columns, LONGEST_PART) * std::max<int64_t>(1, p.summed_rows);
-        per_chunk = std::max<int64_t>(1, CHUNK / std::max<int64_t>(1, work));
+        const int64_t of_a_piece = rows_of_piece * std::min<int64_t>(p.columns, LONGEST_PART);
+        per_chunk = std::max<int64_t>(1, CHUNK / std::max<int64_t>({1, of_a_piece, of_a_piece * p.summed_rows}));
         results.assign((pieces + per_chunk - 1) / per_chunk, 0.0);
     }
 
@@ -304,8 +311,8 @@ int64_t fusedbayes_instruction_set() {
     return 0;
 }
 
-// Asks for huge pages for what lies wholly in these bytes: memory that is allocated anew in each step is touched page by
-// page, which may take longer than computing what is written there. Linux heeds it where
+// Asks for huge pages for what lies wholly in these bytes: memory that is allocated anew in each step is touched page
+// by page, which may take longer than computing what is written there. Linux heeds it where
 // /sys/kernel/mm/transparent_hugepage/enabled says madvise.
 void fusedbayes_want_huge_pages(char* begin, int64_t bytes) {
 #if defined(MADV_HUGEPAGE)

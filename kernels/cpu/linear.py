@@ -307,23 +307,30 @@ def _pass(
                         out.addmm_(grad_columns, sampled)
 
 
+# Elements of dY that the pass over a bias adds up itself, on one thread. PyTorch takes longer to begin, and all threads.
+_ADDED_UP = 1 << 16
+
+
 def _bias_gradients(
     layer: _Layer, bias: Parameter, batches: list[_Batch], activations: _Activations, grad_kl: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """dmu and drho of the bias."""
-    grads, local = _accumulators(bias, len(batches)), layer.estimator == "local"
+    grads, second = _accumulators(bias, len(batches)), None
     for index, (rows, sample) in enumerate(batches):
+        first = _part(activations.grad_y, 0, rows)
+        if layer.estimator == "local":
+            second = activations.second_grad
+        if first.numel() > _ADDED_UP:
+            first = first.sum(0, dtype=torch.float32)
+            second = None if second is None else second.sum(0, dtype=torch.float32)
         problem = make_problem(
             bias,
             (layer.seed, sample, layer.bias_address),
             grad_kl=None if index else grad_kl,
-            grad_product=_part(activations.grad_y, 0, rows),
+            grad_product=first,
             grad_mu=grads[0],
             grad_rho=grads[1],
             accumulate=index > 0,
         )
-        if local:
-            library().backward(problem, Output.VARIANCE, grad_sampled=activations.second_grad)
-        else:
-            library().backward(problem)
+        library().backward(problem, Output.WEIGHT if second is None else Output.VARIANCE, grad_sampled=second)
     return grads

@@ -56,7 +56,8 @@ INLINE double mixture_forward(const Problem& p, const Piece& piece, const float*
     return sum_of_lanes(0.5f * squares - logarithms - narrower) - (double)piece.columns * m.log_share;
 }
 
-// dmu = g h and drho = g (h eps - 1 / sigma) sigmoid(rho) with h = -d log p / dw, each component's w / s^2 by its share.
+// dmu = g h and drho = g (h eps - 1 / sigma) sigmoid(rho) with h = -d log p / dw, each component's w / s^2 by its
+// share.
 template <bool TAIL>
 INLINE double mixture_backward(const Problem& p, const Piece& piece, const float* eps) {
     constexpr int N = TAIL ? 1 : GROUP / LANES;

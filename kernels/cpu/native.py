@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 FOLDER = Path(__file__).parent
-SOURCES = ("fused.cpp", "vectors.h", "passes.h", "mixture.h")
+SOURCES = ("fused.cpp", "vectors.h", "pieces.h", "passes.h", "mixture.h")
 LIBRARY = "libfused.so.1"  # not a name that Python would take for a module of its own
 
 DTYPES = frozenset((torch.float32, torch.bfloat16))  # floating dtypes that the kernel takes
@@ -50,7 +50,7 @@ def pointer(tensor: torch.Tensor | None) -> int:
 
 
 def _nowhere(tensor: torch.Tensor) -> int:
-    """The address of elements that have none, if there are none."""
+    """0, where no elements are. RuntimeError if there should be some."""
     if tensor.numel():
         raise RuntimeError(f"a tensor of shape {tuple(tensor.shape)} has lost its memory: its storage was resized")
     return 0

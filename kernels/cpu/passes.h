@@ -1,132 +1,7 @@
-// The fused passes over a parameter, for one instruction set; included after vectors.h.
+// The fused passes over a parameter, for one instruction set; included after pieces.h.
 
 namespace {
 namespace isa {
-
-// A piece of a row, or of several that lie one after another: whole groups of columns, or the rest, padded to whole
-// vectors.
-struct Piece {
-    int64_t row, first_column;
-    int columns, padded;
-
-    INLINE Piece(int64_t row, int64_t first_column, int columns)
-        : row(row), first_column(first_column), columns(columns) {
-        padded = (columns + LANES - 1) / LANES * LANES;
-    }
-
-    // Elements of the operand before it.
-    INLINE int64_t offset(const Operand& operand) const {
-        return (row - operand.first_row) * operand.row_stride + first_column * operand.column_stride;
-    }
-};
-
-// Copies the operand's elements as floats, with `padding` beyond the last.
-NOINLINE void copy_in(const Operand& operand, const Piece& piece, float padding, float* buffer) {
-    if (operand.type == FLOAT32) {
-        const float* values = (const float*)operand.data + piece.offset(operand);
-        for (int i = 0; i < piece.columns; i++) buffer[i] = values[i * operand.column_stride];
-    } else {
-        const uint16_t* values = (const uint16_t*)operand.data + piece.offset(operand);
-        for (int i = 0; i < piece.columns; i++) {
-            const uint32_t bits = (uint32_t)values[i * operand.column_stride] << 16;
-            std::memcpy(buffer + i, &bits, sizeof bits);
-        }
-    }
-    for (int i = piece.columns; i < piece.padded; i++) buffer[i] = padding;
-}
-
-// Copies the results to the operand, rounded to its type.
-NOINLINE void copy_out(const Operand& operand, const Piece& piece, const float* results) {
-    if (operand.type == FLOAT32) {
-        float* values = (float*)operand.data + piece.offset(operand);
-        for (int i = 0; i < piece.columns; i++) values[i] = results[i];
-        return;
-    }
-    uint16_t* values = (uint16_t*)operand.data + piece.offset(operand);
-    for (int i = 0; i < piece.columns; i++) {
-        uint32_t bits;
-        std::memcpy(&bits, results + i, sizeof bits);
-        const uint32_t nearest_even = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-        values[i] = (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? bits >> 16 | 0x40 : nearest_even);
-    }
-}
-
-// Whether adjacent elements can be read and written as whole vectors of floats where they are.
-INLINE bool in_place(const Operand& operand, const Piece& piece) {
-    return operand.type == FLOAT32 && piece.columns == piece.padded;
-}
-
-// The operand's elements as floats: in place if they can be, else in the buffer, with `padding` beyond the last.
-INLINE const float* fetch(const Operand& operand, const Piece& piece, float padding, float* buffer) {
-    if (operand.column_stride == 1 && in_place(operand, piece)) return (const float*)operand.data + piece.offset(operand);
-    copy_in(operand, piece, padding, buffer);
-    return buffer;
-}
-
-// The sums of the operand's first so many rows; in double precision, but for those of a few rows.
-NOINLINE void sum_in(const Operand& operand, const Piece& piece, int64_t rows, float* sums) {
-    constexpr int64_t A_FEW = 64;
-    double totals[STRETCH] = {};
-    float buffer[STRETCH];
-    for (int64_t row = 0; row < rows;) {
-        std::memset(sums, 0, piece.padded * sizeof(float));
-        for (const int64_t end = std::min(row + A_FEW, rows); row < end; row++) {
-            const float* values = fetch(operand, Piece(row, piece.first_column, piece.columns), 0.0f, buffer);
-            for (int i = 0; i < piece.padded; i += LANES) store(sums + i, load(sums + i) + load(values + i));
-        }
-        for (int i = 0; i < piece.padded; i++) totals[i] += sums[i];
-    }
-    for (int i = 0; i < piece.padded; i++) sums[i] = (float)totals[i];
-}
-
-// A gradient that the pass is given, or null.
-INLINE const float* fetch_gradient(const Problem& p, const Operand& operand, const Piece& piece, float* buffer) {
-    if (!operand.data) return nullptr;
-    if (p.summed_rows < 0) return fetch(operand, piece, 0.0f, buffer);
-    sum_in(operand, piece, p.summed_rows, buffer);
-    return buffer;
-}
-
-// Where results are written as floats: in place, or in the buffer, from which `flush` brings them.
-INLINE float* target(const Operand& operand, const Piece& piece, float* buffer) {
-    return in_place(operand, piece) ? (float*)operand.data + piece.offset(operand) : buffer;
-}
-
-INLINE void flush(const Operand& operand, const Piece& piece, const float* results) {
-    if (!in_place(operand, piece)) copy_out(operand, piece, results);
-}
-
-INLINE uint32_t row_of_noise(const Problem& p, int64_t row) {
-    return (uint32_t)(p.row_offset + (p.noise_rows ? p.noise_rows[row] : row));
-}
-
-// Of a piece; but not W, whose block is in the cache.
-INLINE Ahead ahead_of(const Problem& p, const Piece& piece) {
-    Ahead ahead;
-    for (const Operand* operand : {&p.mu, &p.rho, &p.prior_mu, &p.prior_sigma, &p.grad_product, &p.grad_sampled,
-                                   &p.grad_mu, &p.grad_rho}) {
-        const bool is_again = operand == &p.grad_mu && operand->data == p.grad_product.data;
-        if (!operand->data || operand->column_stride != 1 || is_again) continue;
-        const int64_t element_size = operand->type == FLOAT32 ? 4 : 2;
-        ahead.add((const char*)operand->data + piece.offset(*operand) * element_size, element_size);
-    }
-    return ahead;
-}
-
-// The noise of a piece, row by row; the buffer has room for a group more. Of several rows the columns begin with a quad.
-template <bool AS_WORDS = false>
-INLINE const float* draw(const Problem& p, const Piece& piece, float* buffer) {
-    const int64_t column = p.column_offset + piece.first_column;
-    const int shift = (int)(column % 4), of_a_row = (int)std::min<int64_t>(p.columns - piece.first_column, piece.columns);
-    for (int begin = 0; begin < piece.columns; begin += of_a_row) {
-        const int64_t row = piece.row + begin / of_a_row;
-        const bool is_last = begin + of_a_row == piece.columns;
-        const int needed = shift + (is_last ? piece.padded - begin : of_a_row);
-        const Ahead ahead = ahead_of(p, Piece(row, piece.first_column, of_a_row));
-        draw_columns<AS_WORDS>(noise_of(p), row_of_noise(p, row), (uint32_t)(column / 4), needed, ahead, buffer + begin);
-    }
-    return buffer + shift;
-}
 
 // The prior at a vector of columns, from numbers or from tensors. A positive prior_sigma below 2^-126 counts as that.
 template <bool SCALAR>
@@ -154,8 +29,8 @@ struct Prior {
     }
 };
 
-// A product of positive numbers as mantissas times a power of two, which neither overflows nor underflows: the logarithm
-// of four numbers for the price of one.
+// A product of positive numbers as mantissas times a power of two, which neither overflows nor underflows: the
+// logarithm of four numbers for the price of one.
 struct Product {
     Floats mantissas;
     Ints exponents;
@@ -187,7 +62,8 @@ INLINE double sum_of_lanes(Floats values) {
 }
 
 // The KL of a piece, lane by lane: squares, less the 1 that they are where posterior and prior are the same, and
-// logarithms of sigma / s0, of all vectors of a group at once. One that sticks out of the row counts as the prior there.
+// logarithms of sigma / s0, of all vectors of a group at once. One that sticks out of the row counts as the prior
+// there.
 template <bool SCALAR, bool TAIL>
 struct KlSum {
     INLINE KlSum(const Prior<SCALAR>& prior) : squares(fill(0.0f)), logarithms(fill(0.0f)) {
@@ -209,7 +85,8 @@ struct KlSum {
         Floats scale = sigma * prior.inverse, shift = (mu - prior.mu) * prior.inverse;
         if (TAIL) {
             const Ints exists = lanes_before(columns_left);
-            scale = exists ? scale : fill(1.0f), shift = exists ? shift : fill(0.0f), sigma = exists ? sigma : prior.sigma;
+            scale = exists ? scale : fill(1.0f), shift = exists ? shift : fill(0.0f);
+            sigma = exists ? sigma : prior.sigma;
         }
         squares = scale * scale + (shift * shift + squares);
         sigmas.multiply(sigma);
@@ -231,7 +108,8 @@ struct KlSum {
 
 // Of a column c -1 if bit c % 32 of word c / 32 % 4 at the counter c / 128 is set, else 1.
 INLINE void write_signs(const Problem& p, const Piece& piece) {
-    uint32_t words[LONGEST_PART / 32 + 8 + GROUP];  // of the counters that the columns begin and end in, and a group more
+    // Of the counters that the columns begin and end in, and a group more.
+    uint32_t words[LONGEST_PART / 32 + 8 + GROUP];
     const int64_t column = p.column_offset + piece.first_column, first = column / 128;
     const int needed = 4 * (int)((column + piece.columns - 1) / 128 - first + 1);
     draw_columns<true>(noise_of(p), row_of_noise(p, piece.row), (uint32_t)first, needed, Ahead(), (float*)words);
@@ -249,9 +127,12 @@ INLINE void write_noise(const Problem& p, const Piece& piece) {
     std::memcpy((float*)p.weight.data + piece.offset(p.weight), noise, piece.columns * sizeof(float));
 }
 
-// What is written in the weight's place, and its derivative by sigma: W and eps, sigma^2 and 2 sigma, sigma eps and eps.
+// What is written in the weight's place, and its derivative by sigma: W and eps, sigma^2 and 2 sigma, sigma eps and
+// eps.
 struct Sampled {
-    INLINE Sampled(const Problem& p, const float* eps) : eps(eps) { with_mean = (Ints)fill(0.0f) - (p.output == WEIGHT); }
+    INLINE Sampled(const Problem& p, const float* eps) : eps(eps) {
+        with_mean = (Ints)fill(0.0f) - (p.output == WEIGHT);
+    }
 
     INLINE Floats value(int i, Floats mean, Floats sigma) const {
         return eps ? (Floats)((Ints)mean & with_mean) + sigma * load(eps + i) : sigma * sigma;
@@ -308,8 +189,8 @@ INLINE double forward(const Problem& p, const Piece& piece, const float* eps) {
     return kl.total();
 }
 
-// dmu = G + g (mu - m0) / s0^2 and drho = (H d + g (sigma / s0^2 - 1 / sigma)) sigmoid(rho), and W again if asked for; H is
-// dL by what was sampled, d its derivative by sigma, and G is H if W was sampled.
+// dmu = G + g (mu - m0) / s0^2 and drho = (H d + g (sigma / s0^2 - 1 / sigma)) sigmoid(rho), and W again if asked for;
+// H is dL by what was sampled, d its derivative by sigma, and G is H if W was sampled.
 template <bool KL, bool SCALAR, bool TAIL>
 INLINE double backward(const Problem& p, const Piece& piece, const float* eps) {
     constexpr int N = TAIL ? 1 : GROUP / LANES;
@@ -358,8 +239,8 @@ INLINE double backward(const Problem& p, const Piece& piece, const float* eps) {
     return 0.0;
 }
 
-// A piece with its noise, if that is drawn, in stretches of whole groups, and the rest. The sum of what `compute` makes of
-// them.
+// A piece with its noise, if that is drawn, in stretches of whole groups, and the rest. The sum of what `compute` makes
+// of them.
 template <class Compute>
 INLINE double in_stretches(
     const Problem& p, int64_t row, int64_t first_column, int columns, bool is_drawn, Compute compute) {
@@ -388,9 +269,10 @@ double forward_pass(const Problem& p, int64_t row, int64_t first_column, int col
     }
     const bool is_drawn = p.output == WEIGHT || p.output == PERTURBATION;
     const auto pass_over = [&](auto kl, auto scalar) {
-        return in_stretches(p, row, first_column, columns, is_drawn, [&](auto tail, const Piece& piece, const float* eps) {
+        const auto of_a_stretch = [&](auto tail, const Piece& piece, const float* eps) {
             return forward<kl, scalar, tail>(p, piece, eps);
-        });
+        };
+        return in_stretches(p, row, first_column, columns, is_drawn, of_a_stretch);
     };
     if (!p.prior_sigma.data) return pass_over(WITHOUT_KL, SCALAR_PRIOR);
     return p.scalar_prior ? pass_over(WITH_KL, SCALAR_PRIOR) : pass_over(WITH_KL, TENSOR_PRIOR);
@@ -400,9 +282,10 @@ double backward_pass(const Problem& p, int64_t row, int64_t first_column, int co
     const bool is_used = p.weight.data || p.grad_sampled.data || (p.output == WEIGHT && p.grad_product.data);
     const bool is_drawn = is_used && (p.output == WEIGHT || p.output == PERTURBATION);
     const auto pass_over = [&](auto kl, auto scalar) {
-        return in_stretches(p, row, first_column, columns, is_drawn, [&](auto tail, const Piece& piece, const float* eps) {
+        const auto of_a_stretch = [&](auto tail, const Piece& piece, const float* eps) {
             return backward<kl, scalar, tail>(p, piece, eps);
-        });
+        };
+        return in_stretches(p, row, first_column, columns, is_drawn, of_a_stretch);
     };
     if (!p.grad_kl) return pass_over(WITHOUT_KL, SCALAR_PRIOR);
     return p.scalar_prior ? pass_over(WITH_KL, SCALAR_PRIOR) : pass_over(WITH_KL, TENSOR_PRIOR);

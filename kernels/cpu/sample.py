@@ -54,7 +54,8 @@ def make_problem(
         grad_kl: 0-d cotangent of the KL, whose gradient is computed if there is a prior.
         grad_product: of the parameter's shape, dL/dW, or in the other estimators what multiplies mu has of dL/dW. Of a
             vector it may be a matrix, whose rows are added up; then so are those of the backward pass's grad_sampled.
-        grad_mu, grad_rho: where the gradients are written, contiguous.
+        grad_mu, grad_rho: where the gradients are written, contiguous. Without them, and without a mixture, nothing
+            else of the gradients counts.
         accumulate: whether they are added to what is there.
         mixture: a scale mixture that is the prior instead, as `mixture.prepared`.
         noise_rows: int64, of each of the parameter's rows the row of the noise; None for 0, 1, 2, ...
@@ -83,7 +84,9 @@ def make_problem(
     words = PARAMETER.pack(columns, scalar_prior, *mu_words, *rho_words, *prior, *noise)
     if grad_mu is None and mixture is None:
         return rows, words + _NO_GRADIENTS, (mu, rho, prior_mu, prior_sigma, key, noise_rows)
-    grad_kl, product, summed_rows = None if grad_kl is None else _as_float(grad_kl), ABSENT, -1
+    product, summed_rows = ABSENT, -1
+    if grad_kl is not None:
+        grad_kl = _as_float(grad_kl)
     if grad_product is not None:
         grad_product, product = by_rows(grad_product)
         if len(shape) == 1 and grad_product.dim() == 2:
@@ -97,7 +100,7 @@ def make_problem(
 _NUMBER = (0, 0, 0, 0)  # what `operand` says of a number in float32 beside its address
 _NO_PRIOR: tuple[int, ...] = ABSENT * 2
 _NO_NOISE: tuple[int, ...] = (0,) * 6
-_NO_GRADIENTS = bytes(GRADIENTS.size)
+_NO_GRADIENTS = GRADIENTS.pack(0, *ABSENT * 3, -1, 0, 0)
 
 
 def _as_float(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-// Noise and functions on vectors, for one instruction set: fused.cpp includes this file, passes.h and mixture.h once for
+// Noise and functions on vectors, for one instruction set: fused.cpp includes this file and those after it once for
 // each, with LANES and `isa` defined.
 //
 // A vector holds LANES floats. Philox works on 64-bit lanes, half as many, because a product of 32-bit words fills one.
@@ -145,8 +145,8 @@ INLINE void philox(const Noise& noise, Words quads, uint32_t row, Words words[4]
     words[2] = low_halves(x2[0], x2[1]), words[3] = low_halves(x3[0], x3[1]);
 }
 
-// FACTOR ln x for normal x > 0, relative error 2.7e-7 also where it is near 0: x = 2^e m with m in [sqrt 1/2, sqrt 2), and
-// ln(1 + f) = f - f^2/2 + f^3 P(f) with the nearest P of degree 5. A power of two as FACTOR costs nothing.
+// FACTOR ln x for normal x > 0, relative error 2.7e-7 also where it is near 0: x = 2^e m with m in [sqrt 1/2, sqrt 2),
+// and ln(1 + f) = f - f^2/2 + f^3 P(f) with the nearest P of degree 5. A power of two as FACTOR costs nothing.
 template <int FACTOR = 1>
 INLINE Floats logarithm(Floats x) {
     const Ints shifted = (Ints)x - 0x3f3504f3;
@@ -168,8 +168,8 @@ INLINE void box_muller(const Words words[4], Floats z[4]) {
     Floats u[N], radius[N], f[N], square[N], sine[N], cosine[N];
     Words turned[N];
     EACH u[k] = __builtin_convertvector(words[2 * k], Floats) * 0x1p-32f + 0x1p-33f;
-    // theta = quarter pi / 2 + pi f with |f| <= 1/4: the quarter is in the two bits that are shifted out, once an eighth
-    // of a turn is added, and f is exact until it becomes a float.
+    // theta = quarter pi / 2 + pi f with |f| <= 1/4: the quarter is in the two bits that are shifted out, once an
+    // eighth of a turn is added, and f is exact until it becomes a float.
     EACH f[k] = __builtin_convertvector((Ints)(words[2 * k + 1] << 2), Floats) * 0x1p-33f;
     EACH turned[k] = words[2 * k + 1] + 0x20000000u;
     EACH radius[k] = square_root(logarithm<-2>(u[k]));
@@ -227,8 +227,8 @@ INLINE Floats slope_over_sigma(Floats rho, Floats t, Floats sigma) {
     return (rho < 0.0f ? t : fill(1.0f)) / (sigma + sigma * t);
 }
 
-// The noise of `columns` columns of a row, and up to GROUP - 1 more, from a whole quad on: eps, or the bits of the words.
-// The key by value, so that what is stored cannot change it.
+// The noise of `columns` columns of a row, and up to GROUP - 1 more, from a whole quad on: eps, or the bits of the
+// words. The key by value, so that what is stored cannot change it.
 template <bool AS_WORDS>
 NOINLINE void draw_columns(
     const Noise noise, uint32_t row, uint32_t first_quad, int columns, const Ahead& ahead, float* out) {
