@@ -80,8 +80,14 @@ def checkpointed(model: nn.Sequential) -> nn.Module:
     return checkpoint_wrapper(twin)
 
 
+def averaged(model: nn.Module) -> nn.Module:
+    return torch.compile(torch.optim.swa_utils.AveragedModel(model), backend="eager")
+
+
 @pytest.mark.parametrize(
-    "wrap", [lambda model: torch.compile(model, backend="eager"), checkpointed], ids=["compiled", "checkpointed"]
+    "wrap",
+    [lambda model: torch.compile(model, backend="eager"), checkpointed, averaged],
+    ids=["compiled", "checkpointed", "averaged and compiled"],
 )
 def test_wrappers_do_not_change_the_name(wrap: Callable[[nn.Module], nn.Module]) -> None:
     model = network().eval()

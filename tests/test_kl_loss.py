@@ -59,6 +59,14 @@ def test_a_layer_by_itself_and_behind_a_wrapper() -> None:
     torch.testing.assert_close(kl_loss(torch.compile(a, backend="eager")), expected, **EXACT)
 
 
+def test_a_model_that_holds_itself() -> None:
+    itself, a = nn.Module(), layer(3, 5)
+    itself.module = itself
+    assert kl_loss(itself) == 0
+    itself.inner = a
+    torch.testing.assert_close(kl_loss(itself), expected_kl(*both(a)), **EXACT)
+
+
 def test_priors_of_its_own() -> None:
     a = layer(3, 5)
     a.set_prior(torch.randn(5, 3), torch.rand(5, 3) + 0.5)

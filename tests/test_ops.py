@@ -249,20 +249,36 @@ def test_backward_keeps_nothing_but_its_inputs_and_the_seed(leading: tuple[int, 
     (y.sum() + (kl if with_kl else 0.0)).backward()  # and that is enough for it
 
 
-@pytest.mark.parametrize("on", ["all", "each"])
-def test_what_hooks_unpack_need_not_be_what_was_kept(on: str) -> None:
+@pytest.mark.parametrize("by", ["hooks on all", "hooks on each", "data"])
+def test_what_was_kept_may_be_another_tensor_later(by: str) -> None:
     """A negation that PyTorch puts off is a bit of the tensor, which a kernel would not see."""
     problem = make_problem((6, 33, 65))
     inputs = list(leaves(problem, ALL_INPUTS).values())
     hooks = torch.neg, torch._neg_view
     options = {"weight_prior": (0.0, 1.0), "bias_prior": (0.0, 1.0), "seed": 3, "sample": 1}
     expected = torch.autograd.grad(functional.bayes_linear(*inputs, **options)[0].square().sum(), inputs)
-    with torch.autograd.graph.saved_tensors_hooks(*hooks) if on == "all" else contextlib.nullcontext():
+    with torch.autograd.graph.saved_tensors_hooks(*hooks) if by == "hooks on all" else contextlib.nullcontext():
         y, _ = functional.bayes_linear(*inputs, **options)
-    for kept in y.grad_fn._raw_saved_tensors if on == "each" else ():
+    for kept in y.grad_fn._raw_saved_tensors if by == "hooks on each" else ():
         kept.register_hooks(*hooks)
+    for tensor in inputs if by == "data" else ():
+        tensor.data = torch._neg_view(-tensor.data)
     actual = torch.autograd.grad(y.square().sum(), inputs)
     assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("other", [torch.tensor(3, dtype=torch.int32), torch.empty(0, dtype=torch.int64)], ids=str)
+def test_a_seed_that_is_another_tensor_later_is_refused(other: Tensor) -> None:
+    problem = make_problem((6, 33, 65))
+    inputs, seed = list(leaves(problem, ALL_INPUTS).values()), torch.tensor(3)
+    linear, (weight, _) = (
+        functional.bayes_linear(*inputs, seed=seed)[0],
+        functional.sample_weight(*inputs[1:3], seed=seed),
+    )
+    seed.data = other
+    for y in (linear, weight):
+        with pytest.raises(RuntimeError, match=r"seed has changed its (dtype|shape) since the forward pass"):
+            y.sum().backward()
 
 
 @pytest.mark.parametrize(("estimator", "num_samples"), CASES)

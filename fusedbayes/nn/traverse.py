@@ -53,8 +53,6 @@ def qualified_name(path: str) -> str:
 def bayes_modules(model: nn.Module) -> Iterator[tuple[str, BayesModule]]:
     """Every distinct Bayesian layer of `model` with its qualified name, wrappers' names left out."""
     check_module(model)
-    while list(model._modules) == ["module"] and not isinstance(model, BayesModule):
-        model = model.get_submodule("module")  # DistributedDataParallel, AveragedModel and the like
     # In the order of named_modules(), which takes twice as long, and this runs in each training step.
     seen, ahead = set(), [("", model)]
     while ahead:
@@ -64,9 +62,12 @@ def bayes_modules(model: nn.Module) -> Iterator[tuple[str, BayesModule]]:
         seen.add(module)
         if isinstance(module, BayesModule):
             yield path, module
-        for name, child in reversed(module._modules.items()):
+        children = module._modules
+        # DistributedDataParallel, AveragedModel and the like, around the whole model.
+        wraps = not path and len(children) == 1 and "module" in children and not isinstance(module, BayesModule)
+        for name, child in reversed(children.items()):
             if child is not None:
-                own = path if name in _WRAPPERS else f"{path}.{name}" if path else name
+                own = path if wraps or name in _WRAPPERS else f"{path}.{name}" if path else name
                 ahead.append((own, child))
 
 

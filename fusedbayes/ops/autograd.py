@@ -54,7 +54,7 @@ class _Operator(torch.autograd.Function):
     """
 
     name: ClassVar[str]
-    checked: ClassVar[dict[str, int]] = {"mu": 0, "rho": 1}  # where the tensors are among the operator's arguments
+    checked: ClassVar[dict[str, int]] = {"mu": 0, "rho": 1}  # which arguments `unpack` looks at again, by name
 
     @classmethod
     def run(
@@ -78,11 +78,15 @@ class _Operator(torch.autograd.Function):
                 unseen; a kernel would write anywhere.
         """
         saved = ctx.saved_tensors
+        # Hooks may unpack other tensors, of whatever kind; one in the place of another may be a negation put off.
+        others = tuple(map(id, saved[: len(ctx.identities)])) != ctx.identities
         for name, index, form in ctx.forms:
-            if _form(saved[index]) != form:
-                _check_form(name, saved[index], form)
-        if tuple(map(id, saved[: len(ctx.identities)])) != ctx.identities:
-            ctx.served = None  # hooks have unpacked other tensors, of whatever kind
+            tensor = saved[index]
+            if _form(tensor) != form:
+                _check_form(name, tensor, form)
+            others = others or tensor.is_neg()
+        if others:
+            ctx.served = None
         return saved
 
     @staticmethod
@@ -117,6 +121,7 @@ class _Operator(torch.autograd.Function):
 
 class _SampleWeight(_Operator):
     name = "sample_weight"
+    checked: ClassVar[dict[str, int]] = {**_Operator.checked, "seed": 4, "sample": 5}
 
     @staticmethod
     def forward(ctx: Any, served: bool | None, *arguments: Any) -> Any:
@@ -153,6 +158,7 @@ class _WeightKL(_Operator):
 
 class _ScaleMixtureKL(_Operator):
     name = "scale_mixture_kl"
+    checked: ClassVar[dict[str, int]] = {**_Operator.checked, "seed": 5, "sample": 6}
 
     @staticmethod
     def forward(ctx: Any, served: bool | None, *arguments: Any) -> Any:
@@ -170,7 +176,15 @@ class _ScaleMixtureKL(_Operator):
 
 class _BayesLinear(_Operator):
     name = "bayes_linear"
-    checked: ClassVar[dict[str, int]] = {"x": 0, "weight_mu": 1, "weight_rho": 2, "bias_mu": 5, "bias_rho": 6}
+    checked: ClassVar[dict[str, int]] = {
+        "x": 0,
+        "weight_mu": 1,
+        "weight_rho": 2,
+        "bias_mu": 5,
+        "bias_rho": 6,
+        "seed": 9,
+        "sample": 10,
+    }
 
     @staticmethod
     def forward(ctx: Any, served: bool | None, *arguments: Any) -> Any:

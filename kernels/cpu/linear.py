@@ -307,7 +307,7 @@ def _pass(
                         out.addmm_(grad_columns, sampled)
 
 
-# Elements of dY that the pass over a bias adds up itself, on one thread. PyTorch takes longer to begin, and all threads.
+# Elements of dY that the pass over a bias adds up itself, on one thread: PyTorch is slower to begin, with all threads.
 _ADDED_UP = 1 << 16
 
 
