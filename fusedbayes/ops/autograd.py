@@ -78,7 +78,7 @@ class _Operator(torch.autograd.Function):
                 unseen; a kernel would write anywhere.
         """
         saved = ctx.saved_tensors
-        # Hooks may unpack other tensors, of whatever kind; one in the place of another may be a negation put off.
+        # Hooks may unpack other tensors, of whatever kind, and the same one may hold a negation now that is put off.
         others = tuple(map(id, saved[: len(ctx.identities)])) != ctx.identities
         for name, index, form in ctx.forms:
             tensor = saved[index]
