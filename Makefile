@@ -10,7 +10,7 @@ RECORDS := .benchmarks/quick.jsonl
 .PHONY: demo test audit lint bench bench-compare sanitize clean
 
 # torch comes first and by its exact version, which finds a CPU build where there is one.
-.venv/installed: constraints.txt pyproject.toml setup.py kernels/cpu/fused.cpp kernels/cpu/vectors.h kernels/cpu/pieces.h kernels/cpu/passes.h kernels/cpu/mixture.h
+.venv/installed: constraints.txt pyproject.toml setup.py kernels/cpu/fused.cpp $(wildcard kernels/cpu/*.h)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,lint]"

@@ -4,7 +4,6 @@ A backward pass that is itself to be differentiated (``create_graph=True``, torc
 implementation instead, whose operations autograd knows: slower, with the noise in memory, but right to any order.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -38,6 +37,8 @@ def _form(tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
 
 def _check_form(name: str, tensor: Tensor, form: tuple[torch.Size, torch.dtype, torch.device]) -> None:
     """Raises RuntimeError unless the tensor is of this form still."""
+    if _form(tensor) == form:
+        return
     for what, then, now in zip(("shape", "dtype", "device"), form, _form(tensor), strict=True):
         if then != now:
             then, now = (tuple(value) if isinstance(value, torch.Size) else value for value in (then, now))
@@ -81,10 +82,8 @@ class _Operator(torch.autograd.Function):
         # Hooks may unpack other tensors, of whatever kind, and the same one may hold a negation now that is put off.
         others = tuple(map(id, saved[: len(ctx.identities)])) != ctx.identities
         for name, index, form in ctx.forms:
-            tensor = saved[index]
-            if _form(tensor) != form:
-                _check_form(name, tensor, form)
-            others = others or tensor.is_neg()
+            _check_form(name, saved[index], form)
+            others = others or saved[index].is_neg()
         if others:
             ctx.served = None
         return saved
@@ -202,8 +201,8 @@ class _BayesLinear(_Operator):
         _, needs_x, *needed = ctx.needs_input_grad
         needs_weight, needs_bias = needed[0] or needed[1], needed[4] or needed[5]
         if grad_y is None:
-            kl_gradients = functools.partial(_kl_gradients, ctx, grad_kl)
-            return None, None, *kl_gradients(weight, needs_weight), *kl_gradients(bias, needs_bias), *[None] * 8
+            of_weight = _kl_gradients(ctx, grad_kl, weight, needs_weight)
+            return None, None, *of_weight, *_kl_gradients(ctx, grad_kl, bias, needs_bias), *[None] * 8
         # A bias comes along with the weight.
         bias_or_none = bias if needs_bias else (None,) * 4
         kept = slope, x.repeat(num_samples, 1) if same_input else x, *weight, *bias_or_none, seed, sample
