@@ -58,3 +58,14 @@ def fresh_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Products of a few rows of W at a time."""
     monkeypatch.setattr("fusedbayes.kernels.cpu.linear.BLOCK", 200)
+
+
+@pytest.fixture(params=["mm", "oneDNN"])
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products in fp32 with W^T by either library, which share the work by shape."""
+    linear = importlib.import_module("fusedbayes.kernels.cpu.linear")
+    if request.param == "oneDNN":
+        if not linear._onednn():
+            pytest.skip("torch has no oneDNN here, or no MKL")
+        monkeypatch.setattr(linear, "_ONEDNN_ROWS", range(1, 100))
+        monkeypatch.setattr(linear, "_ONEDNN_WEIGHTS", 1)

@@ -171,7 +171,7 @@ def strided(tensor: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_strides(small_blocks: None, dtype: torch.dtype) -> None:
+def test_strides(small_blocks: None, products: None, dtype: torch.dtype) -> None:
     problem = make_problem((5, 18, 20), prior="per-weight", dtype=dtype, parameter_dtype=dtype).map(strided)
     assert not problem.weight[0].is_contiguous()
     check_forward(problem)
@@ -218,7 +218,7 @@ def test_16_bit_weights_are_rounded_to_nearest(instruction_set: str) -> None:
     assert torch.equal(narrow, wide.bfloat16())
 
 
-@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.usefixtures("small_blocks", "products")
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("estimator", "num_samples"), [("shared", 3), ("local", 1), ("local", 3), ("flipout", 3)])
