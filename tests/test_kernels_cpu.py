@@ -1,8 +1,11 @@
 """The CPU kernel, on every instruction set of this machine, against the operators in PyTorch at double precision."""
 
 import math
+import os
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -311,14 +314,38 @@ def test_the_gradient_of_a_bias_is_the_sum_over_the_batch(
     torch.testing.assert_close(grad_rho.double(), exact_rho, rtol=1e-6, atol=1e-5 * 0.1 * rows)
 
 
-def test_results_in_huge_pages_are_those_of_their_rows() -> None:
-    mu, rho, grad = (torch.randn(1025, 1024) for _ in range(3))  # more than 4 MiB, from where on they are asked for
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_in_memory_of_the_last_step(dtype: torch.dtype) -> None:
+    mu, rho, grad = (torch.randn(1025, 1024, dtype=dtype) for _ in range(3))  # more than LARGE
     key = torch.tensor(1), None, Address()
+    last = ops.sample_weight_backward(grad, None, mu, rho, None, None, *key)
+    places = {tensor.fill_(math.nan).data_ptr() for tensor in last}
+    del last
     grads = ops.sample_weight_backward(grad, None, mu, rho, None, None, *key)
     of_few = ops.sample_weight_backward(grad[:2], None, mu[:2], rho[:2], None, None, *key)
     for all_rows, few_rows in zip(grads, of_few, strict=True):
         assert torch.equal(all_rows[:2], few_rows)
         assert all_rows.isfinite().all()
+        assert all_rows.dtype == dtype
+    if sys.platform == "linux":
+        assert {tensor.data_ptr() for tensor in grads} == places
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_that_is_kept_was_in_use_at_one_time() -> None:
+    def address_space() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+
+    def results(count: int) -> list[Tensor]:
+        return [native.library().new_result(torch.empty(total // count // 4, device="meta")) for _ in range(count)]
+
+    total = 3 << 30  # more than any other test takes; nothing of it is touched
+    before = address_space()
+    for count in (3, 4, 6, 1):
+        in_use = results(count)
+        assert len({result.data_ptr() for result in in_use}) == count
+        assert address_space() - before < 1.1 * total
+        del in_use
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan, 0.0, -1.0])

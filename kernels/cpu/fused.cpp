@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <cstring>
 #include <exception>
+#include <functional>
+#include <mutex>
 #include <numeric>
 #include <thread>
 #include <type_traits>
@@ -24,7 +26,9 @@
 #endif
 
 #if defined(__linux__)
+#include <pthread.h>
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 #define INLINE inline __attribute__((always_inline))
@@ -42,6 +46,8 @@ struct Operand {
     int64_t type, row_stride, column_stride;
     int64_t first_row;  // of the parameter, which is the first one here
 };
+
+#include "memory.h"
 
 using Worker = void (*)(void*);
 using Parallel = void (*)(Worker, void*, unsigned threads, unsigned flags);  // GOMP_parallel of the runtime in use
@@ -311,17 +317,9 @@ int64_t fusedbayes_instruction_set() {
     return 0;
 }
 
-// Asks for huge pages for what lies wholly in these bytes: memory that is allocated anew in each step is touched page
-// by page, which may take longer than computing what is written there. Linux heeds it where
-// /sys/kernel/mm/transparent_hugepage/enabled says madvise.
-void fusedbayes_want_huge_pages(char* begin, int64_t bytes) {
-#if defined(MADV_HUGEPAGE)
-    constexpr int64_t PAGE = 2 << 20;
-    const int64_t skipped = -(intptr_t)begin & (PAGE - 1), whole = (bytes - skipped) / PAGE * PAGE;
-    if (whole > 0) madvise(begin + skipped, whole, MADV_HUGEPAGE);
-#else
-    (void)begin, (void)bytes;
-#endif
+// Memory for a contiguous tensor, for PyTorch to take over; null where PyTorch has to find it by itself.
+DLManagedTensor* fusedbayes_new_tensor(int64_t type, int64_t dimensions, const int64_t* shape) noexcept {
+    return new_tensor((Type)type, (int32_t)dimensions, shape);
 }
 
 // Writes what `output` says into `weight`; returns the KL, or 0 without a prior.

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 FOLDER = Path(__file__).parent
-SOURCES = ("fused.cpp", "vectors.h", "pieces.h", "passes.h", "mixture.h")
+SOURCES = ("fused.cpp", "memory.h", "vectors.h", "pieces.h", "passes.h", "mixture.h")
 LIBRARY = "libfused.so.1"  # not a name that Python would take for a module of its own
 
 DTYPES = frozenset((torch.float32, torch.bfloat16))  # floating dtypes that the kernel takes
@@ -37,11 +37,15 @@ class Output(IntEnum):
 # what holds the memory that those words point to. A plain tuple: one with names takes longer to make than all of them.
 Problem = tuple[int, bytes, tuple[object, ...]]
 
-_LARGE = 4 << 20  # bytes, in which at least one huge page of 2 MiB is whole
+LARGE = 1 << 20  # bytes of a result whose memory is worth keeping for the next step
 ABSENT: tuple[int, ...] = (0, 0, 0, 0, 0)
 # A pass takes its arguments as 64-bit words in the order of the C++: a ctypes.Structure takes longer to fill than a
 # small layer to compute. First those of a call, then those of a `Problem`: the parameter with its noise, and gradients.
 _CALL, PARAMETER, GRADIENTS = struct.Struct("@16q"), struct.Struct("@28q"), struct.Struct("@19q")
+
+_new_capsule = ctypes.pythonapi.PyCapsule_New
+_new_capsule.restype = ctypes.py_object
+_new_capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
 
 
 def pointer(tensor: torch.Tensor | None) -> int:
@@ -109,14 +113,14 @@ class Library:
         self.functions.fusedbayes_backward(self._arguments(problem, output, weight, rows, grad_sampled))
 
     def new_result(self, like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Memory for a contiguous result of this shape, of huge pages if it is large."""
-        if dtype is None and like.is_contiguous():
-            result = torch.empty_like(like)
-        else:
-            result = torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
-        if (size := result.nbytes) >= _LARGE:
-            self.functions.fusedbayes_want_huge_pages(result.data_ptr(), size)
-        return result
+        """Memory for a contiguous result of this shape; if it is large, some that an earlier one has given back."""
+        dtype = dtype or like.dtype
+        if like.numel() * dtype.itemsize >= LARGE:
+            shape = (ctypes.c_int64 * like.dim())(*like.shape)
+            address = self.functions.fusedbayes_new_tensor(_TYPES[dtype], like.dim(), shape)
+            if address:
+                return torch.from_dlpack(_new_capsule(address, b"dltensor", None))
+        return torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
 
     def _arguments(
         self,
@@ -157,8 +161,8 @@ def load() -> Library | str:
     functions.fusedbayes_forward.restype = ctypes.c_double
     functions.fusedbayes_backward.restype = None
     functions.fusedbayes_forward.argtypes = functions.fusedbayes_backward.argtypes = [ctypes.c_char_p]
-    functions.fusedbayes_want_huge_pages.restype = None
-    functions.fusedbayes_want_huge_pages.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+    functions.fusedbayes_new_tensor.restype = ctypes.c_void_p
+    functions.fusedbayes_new_tensor.argtypes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p]
     functions.fusedbayes_instruction_set.restype = ctypes.c_int64
     try:
         # Among the symbols of the process, since torch loads its OpenMP runtime for all to see.
