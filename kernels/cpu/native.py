@@ -9,6 +9,7 @@ from enum import IntEnum
 from pathlib import Path
 
 import torch
+from torch.utils.dlpack import from_dlpack
 
 FOLDER = Path(__file__).parent
 SOURCES = ("fused.cpp", "memory.h", "vectors.h", "pieces.h", "passes.h", "mixture.h")
@@ -119,7 +120,7 @@ class Library:
             shape = (ctypes.c_int64 * like.dim())(*like.shape)
             address = self.functions.fusedbayes_new_tensor(_TYPES[dtype], like.dim(), shape)
             if address:
-                return torch.from_dlpack(_new_capsule(address, b"dltensor", None))
+                return from_dlpack(_new_capsule(address, b"dltensor", None))
         return torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
 
     def _arguments(
