@@ -59,7 +59,7 @@ sanitize: .venv/installed
 	nm $(SANITIZED)/kernels/cpu/libfused.so.1 | grep -q __asan_report
 	nm $(SANITIZED)/kernels/cpu/libfused.so.1 | grep -q __ubsan_handle
 	cd $(SANITIZED) && LD_PRELOAD=$$(cc -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
-		../../$(BIN)/python -m pytest tests/test_kernels_cpu.py tests/test_kernels_cpu_threads.py
+		../../$(BIN)/python -m pytest tests/test_kernels_cpu*.py
 
 FORCE:
 

@@ -12,7 +12,7 @@ from setuptools.command.build_ext import build_ext
 
 FOLDER = "kernels/cpu"
 # Of which fusedbayes.kernels.cpu.native computes the same hash.
-SOURCES = ("fused.cpp", "memory.h", "vectors.h", "pieces.h", "passes.h", "mixture.h")
+SOURCES = ("fused.cpp", "pool.h", "vectors.h", "pieces.h", "passes.h", "mixture.h")
 LIBRARY = "libfused.so.1"  # and looks for this name
 
 content = b"".join((Path(__file__).parent / FOLDER / name).read_bytes() for name in SOURCES)

@@ -102,7 +102,10 @@ def _cuda_timers(runs: Mapping[str, Run]) -> dict[str, Callable[[], float]]:
 
 
 def peak_memory(run: Run, device: str) -> int:
-    """Most bytes that `run` holds at once beyond what was there before."""
+    """Most bytes that the tensors of `run` hold at once beyond what was there before.
+
+    Memory that an allocator or a library keeps for the next ones does not count.
+    """
     run()
     if device == "cuda":
         torch.cuda.synchronize()
@@ -113,7 +116,7 @@ def peak_memory(run: Run, device: str) -> int:
         return torch.cuda.max_memory_allocated() - before
     cpu = [torch.profiler.ProfilerActivity.CPU]
     profile = torch.profiler.profile(activities=cpu, profile_memory=True, acc_events=True)
-    # The profiler sees what torch allocates itself, and no gradients in memory that fusedbayes kept.
+    # The profiler sees what torch allocates, and no result in memory that fusedbayes kept.
     with patch.object(native, "LARGE", math.inf), profile:
         run()
     # The raw trace: the profiler's own summary folds most allocations into the operators that made them.

@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Iterator
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -61,11 +62,18 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(params=["mm", "oneDNN"])
-def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Products in fp32 with W^T by either library, which share the work by shape."""
-    linear = importlib.import_module("fusedbayes.kernels.cpu.linear")
-    if request.param == "oneDNN":
-        if not linear._onednn():
-            pytest.skip("torch has no oneDNN here, or no MKL")
-        monkeypatch.setattr(linear, "_ONEDNN_ROWS", range(1, 100))
-        monkeypatch.setattr(linear, "_ONEDNN_WEIGHTS", 1)
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Products with W^T by either library; their shapes decide in the package."""
+    product = importlib.import_module("fusedbayes.kernels.cpu.product")
+    if request.param == "mm":
+        yield
+        return
+    if not (onednn := product._onednn()):
+        pytest.skip("torch has no oneDNN here, or no MKL")
+    if request.node.callspec.params["dtype"] != torch.float32:
+        pytest.skip("torch.mm is oneDNN's for 16 bits")
+    spy = Mock(wraps=onednn)
+    monkeypatch.setattr(product, "_onednn", lambda: spy)
+    monkeypatch.setattr(product, "_ONEDNN_SIZES", (1, (1, 1), range(1, 100)))
+    yield
+    assert spy.called

@@ -9,8 +9,9 @@
 #include <cstdint>
 #include <cstring>
 #include <exception>
-#include <functional>
+#include <memory>
 #include <mutex>
+#include <new>
 #include <numeric>
 #include <thread>
 #include <type_traits>
@@ -47,7 +48,7 @@ struct Operand {
     int64_t first_row;  // of the parameter, which is the first one here
 };
 
-#include "memory.h"
+#include "pool.h"
 
 using Worker = void (*)(void*);
 using Parallel = void (*)(Worker, void*, unsigned threads, unsigned flags);  // GOMP_parallel of the runtime in use
@@ -317,9 +318,9 @@ int64_t fusedbayes_instruction_set() {
     return 0;
 }
 
-// Memory for a contiguous tensor, for PyTorch to take over; null where PyTorch has to find it by itself.
-DLManagedTensor* fusedbayes_new_tensor(int64_t type, int64_t dimensions, const int64_t* shape) noexcept {
-    return new_tensor((Type)type, (int32_t)dimensions, shape);
+// A capsule of DLPack with memory for a contiguous tensor. The caller holds Python's lock; null after an error.
+void* fusedbayes_new_tensor(int64_t type, int64_t dimensions, const int64_t* shape) noexcept {
+    return new_capsule((Type)type, (int32_t)dimensions, shape);
 }
 
 // Writes what `output` says into `weight`; returns the KL, or 0 without a prior.

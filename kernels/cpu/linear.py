@@ -1,8 +1,7 @@
 """y = x W^T + b and its gradients on the CPU: W is drawn in blocks, each multiplied while it is in the cache."""
 
-import functools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from fusedbayes.kernels.cpu.native import Output, library
 from fusedbayes.kernels.cpu.pair import RowNoise, combine, input_gradient, second_operands
+from fusedbayes.kernels.cpu.product import multiply
 from fusedbayes.kernels.cpu.sample import Parameter, kl_tensor, make_problem
 from fusedbayes.kernels.streams import sample_after
 
@@ -69,10 +69,6 @@ def _part(tensor: Tensor, dim: int, rows: slice) -> Tensor:
     size = rows.stop - rows.start
     return tensor if size == tensor.shape[dim] else tensor.narrow(dim, rows.start, size)
 
-
-# Where oneDNN multiplies faster than MKL: 2048 x 2048 weights by 8 to 512 rows in 0.6 to 0.95 of the time. For another
-# number of rows it compiles first, for a millisecond, which a product with fewer weights does not earn back.
-_ONEDNN_ROWS, _ONEDNN_WEIGHTS = range(8, 513), 1 << 21
 
 _SAMPLED = {"shared": Output.WEIGHT, "local": Output.VARIANCE, "flipout": Output.PERTURBATION}
 
@@ -154,41 +150,17 @@ def bayes_linear(
                 kl += library().forward(problem, layer.output, sampled, columns)
                 operand = second_x if second_x.shape[0] == rows.stop - rows.start else second_x[rows]
                 b = None if b is None or estimator == "flipout" else _part(b, 0, columns)
-                _multiply(operand, sampled, b, _part(_part(product, 0, rows), 1, columns))
+                multiply(operand, sampled, b, _part(_part(product, 0, rows), 1, columns))
     charge = kl_tensor(kl, weight_mu, with_kl)
     if estimator == "shared":
         return product, charge, x.new_empty(0, num_samples)
     mean = x.new_empty(x.shape[0], N)
-    _multiply(x, weight_mu.to(x.dtype), None, mean)
+    multiply(x, weight_mu.to(x.dtype), None, mean)
     for (rows, _), b in zip(batches, drawn, strict=True):
         if b is not None and bias_mu is not None:
             _part(mean, 0, rows).add_(b if estimator == "flipout" else bias_mu)
     y, slope = combine(mean, product, layer.row_noise(M), estimator)
     return y, charge, slope
-
-
-def _multiply(x: Tensor, weight: Tensor, b: Tensor | None, out: Tensor) -> None:
-    """out = x weight^T + b."""
-    is_large = x.shape[0] in _ONEDNN_ROWS and weight.numel() >= _ONEDNN_WEIGHTS
-    if is_large and x.dtype == torch.float32 and (onednn := _onednn()) and torch.backends.mkldnn.enabled:
-        # Without b, of which it reads memory and not strides.
-        product = onednn(x, weight, None, "none", [], "")
-        if b is None:
-            out.copy_(product)
-        else:
-            torch.add(product, b, out=out)
-    elif b is None:
-        torch.mm(x, weight.t(), out=out)
-    else:
-        torch.addmm(b, x, weight.t(), out=out)
-
-
-@functools.cache
-def _onednn() -> Callable[..., Tensor] | None:
-    """x weight^T as oneDNN computes it, where torch has it and `torch.mm` would leave the product to MKL."""
-    if torch.backends.mkl.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return torch.ops.mkldnn._linear_pointwise.default
-    return None
 
 
 def _draw_bias(

@@ -1,9 +1,12 @@
 """The compiled library: where it is, what it takes, and why it is not there if it is not."""
 
+import contextlib
 import ctypes
 import functools
 import hashlib
+import math
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -12,7 +15,7 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 FOLDER = Path(__file__).parent
-SOURCES = ("fused.cpp", "memory.h", "vectors.h", "pieces.h", "passes.h", "mixture.h")
+SOURCES = ("fused.cpp", "pool.h", "vectors.h", "pieces.h", "passes.h", "mixture.h")
 LIBRARY = "libfused.so.1"  # not a name that Python would take for a module of its own
 
 DTYPES = frozenset((torch.float32, torch.bfloat16))  # floating dtypes that the kernel takes
@@ -43,10 +46,6 @@ ABSENT: tuple[int, ...] = (0, 0, 0, 0, 0)
 # A pass takes its arguments as 64-bit words in the order of the C++: a ctypes.Structure takes longer to fill than a
 # small layer to compute. First those of a call, then those of a `Problem`: the parameter with its noise, and gradients.
 _CALL, PARAMETER, GRADIENTS = struct.Struct("@16q"), struct.Struct("@28q"), struct.Struct("@19q")
-
-_new_capsule = ctypes.pythonapi.PyCapsule_New
-_new_capsule.restype = ctypes.py_object
-_new_capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
 
 
 def pointer(tensor: torch.Tensor | None) -> int:
@@ -87,11 +86,13 @@ class Library:
         instruction_set: which of INSTRUCTION_SETS they use.
         parallel: address of GOMP_parallel in the OpenMP runtime that torch uses, so that both share its threads; None
             starts threads for each call.
+        new_tensor: fusedbayes_new_tensor, which holds Python's lock.
     """
 
     functions: ctypes.CDLL
     instruction_set: str
     parallel: int | None
+    new_tensor: Callable[[int, int, object], object]
 
     def forward(
         self, problem: Problem, output: Output, weight: torch.Tensor | None = None, rows: slice | None = None
@@ -116,11 +117,10 @@ class Library:
     def new_result(self, like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Memory for a contiguous result of this shape; if it is large, some that an earlier one has given back."""
         dtype = dtype or like.dtype
-        if like.numel() * dtype.itemsize >= LARGE:
+        if like.numel() * dtype.itemsize >= LARGE and dtype in DTYPES:
             shape = (ctypes.c_int64 * like.dim())(*like.shape)
-            address = self.functions.fusedbayes_new_tensor(_TYPES[dtype], like.dim(), shape)
-            if address:
-                return from_dlpack(_new_capsule(address, b"dltensor", None))
+            with contextlib.suppress(MemoryError):  # PyTorch may find some, or has the words for it
+                return _poisoned(from_dlpack(self.new_tensor(_TYPES[dtype], like.dim(), shape)))
         return torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
 
     def _arguments(
@@ -136,6 +136,12 @@ class Library:
         parallel, number = self.parallel or 0, INSTRUCTION_SETS.index(self.instruction_set)
         operands = *operand(weight, first), *operand(grad_sampled, first)
         return _CALL.pack(parallel, torch.get_num_threads(), number, output, first, end - first, *operands) + words
+
+
+def _poisoned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, of NaN where PyTorch would make memory of it that is not initialised."""
+    fills = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]  # set at run time
+    return tensor.fill_(math.nan) if fills and torch.are_deterministic_algorithms_enabled() else tensor
 
 
 def source_hash() -> int:
@@ -162,15 +168,19 @@ def load() -> Library | str:
     functions.fusedbayes_forward.restype = ctypes.c_double
     functions.fusedbayes_backward.restype = None
     functions.fusedbayes_forward.argtypes = functions.fusedbayes_backward.argtypes = [ctypes.c_char_p]
-    functions.fusedbayes_new_tensor.restype = ctypes.c_void_p
-    functions.fusedbayes_new_tensor.argtypes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p]
     functions.fusedbayes_instruction_set.restype = ctypes.c_int64
     try:
         # Among the symbols of the process, since torch loads its OpenMP runtime for all to see.
         parallel = ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value
     except (AttributeError, OSError, TypeError):
         parallel = None
-    return Library(functions, INSTRUCTION_SETS[functions.fusedbayes_instruction_set()], parallel)
+    new_tensor = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)
+    return Library(
+        functions,
+        INSTRUCTION_SETS[functions.fusedbayes_instruction_set()],
+        parallel,
+        new_tensor(("fusedbayes_new_tensor", functions)),
+    )
 
 
 def library() -> Library:

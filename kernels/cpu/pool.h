@@ -1,5 +1,5 @@
-// Memory for large gradients, which every step needs again and gives back: from the system it would come as pages of
-// zeros, one fault each, which cost a fifth of a step of three 2048 wide layers.
+// Memory for large results, gradients above all, which every step needs again and gives back: from the system it would
+// come as pages of zeros, one fault each, which cost a fifth of a step of three 2048 wide layers.
 
 // What a tensor is to DLPack (github.com/dmlc/dlpack, version 0), by which PyTorch takes memory with its deleter.
 struct DLTensor {
@@ -18,11 +18,19 @@ struct DLManagedTensor {
     void (*deleter)(DLManagedTensor*);
 };
 
+// Of Python's stable interface.
+extern "C" {
+void* PyCapsule_New(void* pointer, const char* name, void (*destructor)(void* capsule));
+void* PyCapsule_GetPointer(void* capsule, const char* name);
+int PyCapsule_IsValid(void* capsule, const char* name);
+void* PyErr_NoMemory();
+}
+
 #if defined(__linux__) && defined(MADV_FREE)
 
 // Blocks that nobody uses stay mapped. Linux may take their pages whenever it is short of memory, but for the first
-// KEPT bytes: of small pages that offer costs a fifth of what it saves. All blocks together, used or not, never take
-// more than those in use once took at the same time.
+// KEPT bytes: of small pages that offer costs a fifth of what it saves. Used or not, the blocks are never more than the
+// largest total that was in use at one time.
 class Pool {
     static constexpr int64_t HUGE_PAGE = 2 << 20;
     static constexpr int64_t KEPT = 32 << 20;
@@ -90,11 +98,14 @@ public:
         std::lock_guard<std::mutex> lock(mutex);
         used_bytes -= bytes;
         if (unused_bytes + bytes <= KEPT || madvise(begin, bytes, MADV_FREE) == 0) {
-            unused.push_back({begin, bytes});
-            unused_bytes += bytes;
-        } else {  // an old kernel
-            munmap(begin, bytes);
+            try {
+                unused.push_back({begin, bytes});
+                unused_bytes += bytes;
+                return;
+            } catch (const std::bad_alloc&) {
+            }
         }
+        munmap(begin, bytes);
     }
 
     void lock() { mutex.lock(); }
@@ -115,7 +126,7 @@ inline Pool& pool() {
 struct PooledTensor {
     DLManagedTensor managed;  // first, so that one is at the other's address
     int64_t bytes;
-    std::vector<int64_t> shape;
+    std::vector<int64_t> shape, strides;
 
     static void destroy(DLManagedTensor* managed) {
         PooledTensor* tensor = (PooledTensor*)managed;
@@ -125,24 +136,43 @@ struct PooledTensor {
 };
 
 // Null if there is no memory.
-inline DLManagedTensor* new_tensor(Type type, int32_t dimensions, const int64_t* shape) {
+DLManagedTensor* new_managed_tensor(Type type, int32_t dimensions, const int64_t* sizes) noexcept try {
     constexpr int32_t CPU = 1;
     constexpr uint8_t FLOAT = 2, BFLOAT = 4;
+    std::unique_ptr<PooledTensor> tensor(new PooledTensor);
+    tensor->shape.assign(sizes, sizes + dimensions);
+    tensor->strides.resize(dimensions);
+    int64_t count = 1;
+    for (int32_t i = dimensions - 1; i >= 0; count *= sizes[i--]) tensor->strides[i] = count;
     const uint8_t bits = type == FLOAT32 ? 32 : 16;
-    const int64_t count = std::accumulate(shape, shape + dimensions, (int64_t)1, std::multiplies<int64_t>());
-    const int64_t bytes = Pool::whole(count * (bits / 8));
-    char* data = pool().take(bytes);
-    if (!data) return nullptr;
-    PooledTensor* tensor = new PooledTensor{{}, bytes, {shape, shape + dimensions}};
-    const uint8_t code = type == FLOAT32 ? FLOAT : BFLOAT;
-    tensor->managed = {{data, CPU, 0, dimensions, code, bits, 1, tensor->shape.data(), nullptr, 0},
-                       nullptr,
-                       PooledTensor::destroy};
-    return &tensor->managed;
+    tensor->bytes = Pool::whole(count * (bits / 8));
+    DLTensor& contents = tensor->managed.tensor;
+    contents = {nullptr, CPU, 0, dimensions, type == FLOAT32 ? FLOAT : BFLOAT, bits, 1, tensor->shape.data(),
+                tensor->strides.data(), 0};
+    tensor->managed.deleter = PooledTensor::destroy;
+    contents.data = pool().take(tensor->bytes);
+    return contents.data ? &tensor.release()->managed : nullptr;
+} catch (const std::bad_alloc&) {
+    return nullptr;
 }
 
 #else
 
-inline DLManagedTensor* new_tensor(Type, int32_t, const int64_t*) { return nullptr; }
+DLManagedTensor* new_managed_tensor(Type, int32_t, const int64_t*) { return nullptr; }
 
 #endif
+
+// For PyTorch to take over, which then gives it another name. A capsule, and no plain pointer, because an interrupt may
+// come before that. MemoryError if there is no memory, or none that is kept on this system.
+void* new_capsule(Type type, int32_t dimensions, const int64_t* sizes) {
+    static constexpr char NAME[] = "dltensor";
+    DLManagedTensor* tensor = new_managed_tensor(type, dimensions, sizes);
+    if (!tensor) return PyErr_NoMemory();
+    void* capsule = PyCapsule_New(tensor, NAME, [](void* capsule) {
+        if (!PyCapsule_IsValid(capsule, NAME)) return;
+        DLManagedTensor* left = (DLManagedTensor*)PyCapsule_GetPointer(capsule, NAME);
+        left->deleter(left);
+    });
+    if (!capsule) tensor->deleter(tensor);
+    return capsule;
+}
