@@ -28,9 +28,9 @@ void* PyErr_NoMemory();
 
 #if defined(__linux__) && defined(MADV_FREE)
 
-// Blocks that nobody uses stay mapped. Linux may take their pages whenever it is short of memory, but for the first
-// KEPT bytes: of small pages that offer costs a fifth of what it saves. Used or not, the blocks are never more than the
-// largest total that was in use at one time.
+// Blocks that nobody uses stay mapped. Linux may take their pages whenever it is short of memory, but for the last KEPT
+// bytes that were given back: of small pages that offer costs a fifth of what it saves. Used or not, the blocks are never
+// more than the largest total that was in use at one time.
 class Pool {
     static constexpr int64_t HUGE_PAGE = 2 << 20;
     static constexpr int64_t KEPT = 32 << 20;
@@ -38,6 +38,7 @@ class Pool {
     struct Block {
         char* begin;
         int64_t bytes;
+        bool is_lent;  // to the system
     };
 
     std::mutex mutex;
@@ -97,15 +98,17 @@ public:
     void give_back(char* begin, int64_t bytes) {
         std::lock_guard<std::mutex> lock(mutex);
         used_bytes -= bytes;
-        if (unused_bytes + bytes <= KEPT || madvise(begin, bytes, MADV_FREE) == 0) {
-            try {
-                unused.push_back({begin, bytes});
-                unused_bytes += bytes;
-                return;
-            } catch (const std::bad_alloc&) {
-            }
+        try {
+            unused.push_back({begin, bytes, false});
+            unused_bytes += bytes;
+        } catch (const std::bad_alloc&) {
+            munmap(begin, bytes);
         }
-        munmap(begin, bytes);
+        int64_t newer = 0;
+        for (auto block = unused.rbegin(); block != unused.rend(); block++) {
+            newer += block->bytes;
+            if (newer > KEPT && !block->is_lent) block->is_lent = madvise(block->begin, block->bytes, MADV_FREE) == 0;
+        }
     }
 
     void lock() { mutex.lock(); }
