@@ -1,7 +1,8 @@
 """The native extension; everything else is declared in pyproject.toml.
 
 It is optional: where it does not compile, installation goes on, and PyTorch computes in its place. Plain C functions in
-a shared library, which the package loads with ctypes: no headers of torch or Python, no tie to their binary interfaces.
+a shared library, which the package loads with ctypes: no headers of torch or Python, no tie to their binary interfaces
+but to Python's capsules, which are part of the stable one.
 """
 
 import hashlib
