@@ -29,8 +29,8 @@ void* PyErr_NoMemory();
 #if defined(__linux__) && defined(MADV_FREE)
 
 // Blocks that nobody uses stay mapped. Linux may take their pages whenever it is short of memory, but for the last KEPT
-// bytes that were given back: of small pages that offer costs a fifth of what it saves. Used or not, the blocks are never
-// more than the largest total that was in use at one time.
+// bytes that were given back: of small pages that offer costs a fifth of what it saves. Used or not, the blocks are
+// never more than the largest total that was in use at one time.
 class Pool {
     static constexpr int64_t HUGE_PAGE = 2 << 20;
     static constexpr int64_t KEPT = 32 << 20;
@@ -47,7 +47,8 @@ class Pool {
 
     // Aligned to huge pages, if the system has any to give: see /sys/kernel/mm/transparent_hugepage/enabled.
     static char* map(int64_t bytes) {
-        char* begin = (char*)mmap(nullptr, bytes + HUGE_PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        constexpr int ACCESS = PROT_READ | PROT_WRITE, KIND = MAP_PRIVATE | MAP_ANONYMOUS;
+        char* begin = (char*)mmap(nullptr, bytes + HUGE_PAGE, ACCESS, KIND, -1, 0);
         if (begin == MAP_FAILED) return nullptr;
         const int64_t before = -(intptr_t)begin & (HUGE_PAGE - 1), after = HUGE_PAGE - before;
         if (before > 0) munmap(begin, before);

@@ -30,11 +30,14 @@ def multiply(x: Tensor, weight: Tensor, b: Tensor | None, out: Tensor) -> None:
 def _is_onednns(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN, where it is there, multiplies faster."""
     weights, least, rows = _ONEDNN_SIZES
-    if weight.numel() < weights or x.dtype != torch.float32 or not torch.backends.mkldnn.enabled:
-        return False
-    if not weight.is_contiguous():  # of which it makes a copy, if it can read it at all
-        return False
-    return x.shape[0] in rows and all(size >= bound for size, bound in zip(weight.shape, least, strict=True))
+    return (
+        weight.numel() >= weights
+        and x.dtype == torch.float32
+        and bool(torch.backends.mkldnn.enabled)
+        and x.shape[0] in rows
+        and all(size >= bound for size, bound in zip(weight.shape, least, strict=True))
+        and weight.is_contiguous()  # of another it makes a copy, if it can read it at all
+    )
 
 
 @functools.cache
